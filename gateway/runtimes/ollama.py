@@ -1,0 +1,23 @@
+"""Ollama: its OpenAI side and its native API. https://docs.ollama.com/api
+
+There is no `/health` (404); `/api/version` is free and loads no model. `/api/tags` lists names with their tag
+("smol:latest"), though "smol" is accepted. `/api/delete` is a DELETE with a JSON body. An idle connection was still
+open after 12 s.
+"""
+
+from types import MappingProxyType
+
+from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_ollama_models
+
+OLLAMA = Runtime(
+    name="ollama",
+    title="Ollama",
+    default_port=11434,
+    health_path="/api/version",
+    models_path="/api/tags",
+    parse_models=parse_ollama_models,
+    paths=MappingProxyType({**OPENAI_PATHS, "ollama_chat": "/api/chat", "ollama_list": "/api/tags"}),
+    inject_usage=True,
+    idle_s=12.0,
+    manage=MappingProxyType({"pull": "/api/pull", "delete": "/api/delete"}),
+)

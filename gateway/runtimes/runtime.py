@@ -1,0 +1,97 @@
+"""Runtime: one kind of inference server, described as data; and what the OpenAI-compatible ones share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+
+import orjson
+
+#: More names than this in one list are cut: a model list is shown to people and used as metric labels.
+MODELS_MAX: Final = 4096
+
+#: The OpenAI operations that are forwarded, and nothing else (default deny).
+OPENAI_PATHS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "chat": "/v1/chat/completions",
+        "completions": "/v1/completions",
+        "embeddings": "/v1/embeddings",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """One kind of inference server.
+
+    Paths are written relative to an upstream's root, which is what stands before "/v1" in its base URL. The health
+    and model-list doors are free: a GET there runs no model and loads none.
+    """
+
+    name: str
+    title: str
+    default_port: int | None
+    health_path: str
+    models_path: str
+    #: names in the body of `models_path`; raises ValueError with the reason if the body is no model list
+    parse_models: Callable[[bytes], tuple[str, ...]]
+    #: operation -> path: what the data plane may ask of this runtime
+    paths: Mapping[str, str]
+    #: `stream_options.include_usage` may be added to a streamed request
+    inject_usage: bool
+    #: the runtime closes a kept-alive connection that was idle for this long; ours must be closed earlier
+    idle_s: float
+    #: operation -> path of model management; apart from `paths`, so that no prompt route can ever name one
+    manage: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def locate(self, prefix: str, path: str) -> str:
+        """Absolute URL path of `path` behind a base URL whose path is `prefix` (no trailing slash).
+
+        "/v1" (or "/gpu/v1") is the usual case. A base URL without any path names the host, so "/v1" stays in the
+        result. Any other prefix ("/openai") stands for "/v1": its server keeps the OpenAI paths right below it.
+        """
+        if prefix.endswith("/v1"):
+            return prefix.removesuffix("/v1") + path
+        if prefix and path.startswith("/v1/"):
+            return prefix + path.removeprefix("/v1")
+        return prefix + path
+
+    def target(self, prefix: str, operation: str) -> str | None:
+        """Where `operation` is answered behind `prefix`, or None: this runtime must not be asked for it."""
+        path = self.paths.get(operation)
+        return None if path is None else self.locate(prefix, path)
+
+
+def parse_openai_models(body: bytes) -> tuple[str, ...]:
+    """Model ids of an OpenAI list: `{"data": [{"id": "..."}]}`.
+
+    A bare array is taken too, and entries without a usable id are passed over: proxies in front of runtimes are
+    less exact than the API reference.
+    """
+    return _names(body, "data", "id")
+
+
+def parse_ollama_models(body: bytes) -> tuple[str, ...]:
+    """Model names of Ollama's `GET /api/tags`: `{"models": [{"name": "smol:latest"}]}`; null for none at all."""
+    return _names(body, "models", "name")
+
+
+def _names(body: bytes, list_key: str, name_key: str) -> tuple[str, ...]:
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise ValueError("the model list is not JSON") from None
+    if isinstance(document, dict):
+        if list_key not in document:
+            raise ValueError(f"the model list has no {list_key!r}")
+        entries = document[list_key]
+    else:
+        entries = document
+    if entries is None:
+        return ()
+    if not isinstance(entries, list):
+        raise ValueError("the model list is no list")
+    names = (entry.get(name_key) for entry in entries if isinstance(entry, dict))
+    return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name))[:MODELS_MAX]
