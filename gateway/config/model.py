@@ -1,0 +1,185 @@
+"""What a configuration is: frozen data, no behaviour beyond masking secrets and naming addresses.
+
+The defaults of all settings live here and nowhere else; `settings.py` reads them off these fields.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from gateway.upstreams.upstream import Timeouts
+
+_SECRET_PREFIX = re.compile(r"[A-Za-z]{1,8}[-_]")
+_LONG_SECRET_CHARS = 24
+
+
+class Secret:
+    """A credential that cannot be printed by accident: `repr` and `str` show a mask, `value` is the text.
+
+    A long secret shows its prefix and its last four characters ("sk-…9f3c"), so that an operator can tell two
+    apart; a short one shows nothing. Equality takes constant time. False if empty.
+    """
+
+    __slots__ = ("value",)
+
+    value: str
+
+    def __init__(self, value: str) -> None:
+        object.__setattr__(self, "value", value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("a Secret does not change")
+
+    def __str__(self) -> str:
+        if not self.value:
+            return ""
+        if len(self.value) < _LONG_SECRET_CHARS:
+            return "…"
+        prefix = _SECRET_PREFIX.match(self.value)
+        return f"{prefix.group() if prefix else ''}…{self.value[-4:]}"
+
+    def __repr__(self) -> str:
+        return f"Secret({str(self)!r})"
+
+    def __bool__(self) -> bool:
+        return bool(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        mine, theirs = (
+            self.value.encode("utf-8", "surrogatepass"),
+            other.value.encode("utf-8", "surrogatepass"),
+        )
+        return hmac.compare_digest(mine, theirs)
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __reduce__(self) -> tuple[type[Secret], tuple[str]]:
+        return Secret, (self.value,)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Currency units per million tokens, and per second of GPU time; None is "not known", never zero."""
+
+    input: float | None = None
+    cached_input: float | None = None
+    output: float | None = None
+    gpu_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """`name` is what the upstream is asked for (`apiName`); `aliases` are further names clients may use."""
+
+    name: str
+    ui_name: str
+    supports_tools: bool = True
+    aliases: tuple[str, ...] = ()
+    context_window: int | None = None  # tokens
+    price: Price | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One entry of `OPENAI_COMPATIBLE_DATA`: a name, one or more addresses, and the models served there.
+
+    `base_urls` are OpenAI bases without a trailing slash ("http://host:8000/v1"). `runtime` is a name in RUNTIMES,
+    or "" for a generic OpenAI-compatible server. `discover`: `models` was left out, so the upstream is asked.
+    `origin` names the configuration entry in words an operator can search for ("environment
+    OPENAI_COMPATIBLE_DATA[0]", "gateway.toml:providers[1]").
+    """
+
+    name: str
+    base_urls: tuple[str, ...]
+    runtime: str = ""
+    api_key: Secret = field(default_factory=lambda: Secret(""))
+    models: tuple[Model, ...] = ()
+    discover: bool = False
+    weight: int = 1
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    origin: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """A TCP address to listen on. `host` has no brackets; port 0 lets the system choose."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with the configuration.
+
+    `path` is where ("OPENAI_COMPATIBLE_DATA[0].runtime"), `origin` the source it came from (".env:12"), `value`
+    what stood there as text, masked or left out where it may hold a secret, `nearest` the nearest valid name.
+    """
+
+    path: str
+    message: str
+    value: str = ""
+    hint: str = ""
+    nearest: str = ""
+    origin: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.message}"
+        if self.value:
+            text += f" (value: {self.value})"
+        if self.nearest:
+            text += f"; did you mean {self.nearest}?"
+        if self.hint:
+            text += f"; {self.hint}"
+        return text
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; `problems` holds everything found wrong, never only the first."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The effective configuration. Frozen: a reload makes a new one.
+
+    `origins` maps the path of each value ("listen", "providers[0].weight") to where it came from.
+    """
+
+    data_dir: Path
+    listen: Listen = Listen("127.0.0.1", 8700)
+    metrics_listen: Listen | None = Listen("127.0.0.1", 9464)
+    api_keys: tuple[tuple[str, Secret], ...] = ()
+    providers: tuple[Provider, ...] = ()
+    ollama_base_url: str | None = None  # native root without /api: "http://localhost:11434"
+    enable_pull: bool = False
+    tools_unsupported: Literal["strip", "reject"] = "strip"
+    max_body_bytes: int = 64 * 1024 * 1024
+    body_timeout_s: float = 60.0
+    min_body_rate: int = 1024  # bytes per second a client must keep up while sending its body; 0 is off
+    keepalive_timeout_s: float = 30.0
+    #: how long a pooled connection to an upstream may idle: below the 5 s after which uvicorn and llama.cpp close it
+    upstream_idle_s: float = 4.0
+    shutdown_s: float = 30.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    access_log: bool = True
+    demo: Literal["auto", "on", "off"] = "auto"
+    warnings: tuple[Problem, ...] = field(default=(), compare=False)
+    origins: Mapping[str, str] = field(
+        default_factory=lambda: MappingProxyType({}), compare=False, repr=False
+    )
