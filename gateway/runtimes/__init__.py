@@ -1,7 +1,9 @@
-"""What differs between the runtimes that answer: where their doors are, how they list models, what they tolerate.
+"""What differs between the runtimes that answer: where their doors are, how they list models, what they
+tolerate.
 
-One file per runtime, each a `Runtime` value, and one line in `RUNTIMES`. To add one: write `runtimes/foo.py`, add its
-line, and put a recorded transcript of its model list in `tests/transcripts/foo/`; the contract test picks both up.
+One file per runtime, each a `Runtime` value, and one line in `RUNTIMES`. To add one: write
+`runtimes/foo.py`, add its line, and put a recorded transcript of its model list in
+`tests/transcripts/foo/`; the contract test picks both up.
 
 Pure data and parsing: may import wire, dialects and errors; nothing here opens a socket.
 """

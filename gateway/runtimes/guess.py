@@ -20,8 +20,8 @@ _LITELLM_CREATED: Final = 1677610602
 def guess(server: str, models: bytes) -> str:
     """Name of the runtime that sent this `Server` header and this model list (`/v1/models` or `/api/tags`).
 
-    A key of `RUNTIMES`; "openai" if it is an OpenAI list that nothing tells apart. Raises ValueError if the body is
-    no model list at all: some other web server.
+    A key of `RUNTIMES`; "openai" if it is an OpenAI list that nothing tells apart. Raises ValueError if the
+    body is no model list at all: some other web server.
     """
     try:
         document = orjson.loads(models)

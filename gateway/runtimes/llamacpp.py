@@ -1,7 +1,8 @@
 """llama.cpp's `llama-server`. https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md
 
-`/health` is 503 "Loading model" until the model is in memory, and stays open when the server has an API key. The
-connection is closed after every streamed answer, though the headers promise keep-alive; otherwise after 5 s.
+`/health` is 503 "Loading model" until the model is in memory, and stays open when the server has an API
+key. The connection is closed after every streamed answer, though the headers promise keep-alive; otherwise
+after 5 s.
 """
 
 from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models

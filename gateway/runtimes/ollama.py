@@ -1,8 +1,8 @@
 """Ollama: its OpenAI side and its native API. https://docs.ollama.com/api
 
 There is no `/health` (404); `/api/version` is free and loads no model. `/api/tags` lists names with their tag
-("smol:latest"), though "smol" is accepted. `/api/delete` is a DELETE with a JSON body. An idle connection was still
-open after 12 s.
+("smol:latest"), though "smol" is accepted. `/api/delete` is a DELETE with a JSON body. An idle connection
+was still open after 12 s.
 """
 
 from types import MappingProxyType

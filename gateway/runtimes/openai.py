@@ -1,7 +1,7 @@
 """Anything else that speaks OpenAI's API; nothing is known of it but that.
 
-Only the model list is sure to exist, so it serves as the health door, and the shortest known idle time is assumed.
-https://platform.openai.com/docs/api-reference
+Only the model list is sure to exist, so it serves as the health door, and the shortest known idle time is
+assumed. https://platform.openai.com/docs/api-reference
 """
 
 from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models

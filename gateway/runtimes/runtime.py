@@ -26,8 +26,8 @@ OPENAI_PATHS: Final[Mapping[str, str]] = MappingProxyType(
 class Runtime:
     """One kind of inference server.
 
-    Paths are written relative to an upstream's root, which is what stands before "/v1" in its base URL. The health
-    and model-list doors are free: a GET there runs no model and loads none.
+    Paths are written relative to an upstream's root, which is what stands before "/v1" in its base URL. The
+    health and model-list doors are free: a GET there runs no model and loads none.
     """
 
     name: str
@@ -49,8 +49,9 @@ class Runtime:
     def locate(self, prefix: str, path: str) -> str:
         """Absolute URL path of `path` behind a base URL whose path is `prefix` (no trailing slash).
 
-        "/v1" (or "/gpu/v1") is the usual case. A base URL without any path names the host, so "/v1" stays in the
-        result. Any other prefix ("/openai") stands for "/v1": its server keeps the OpenAI paths right below it.
+        "/v1" (or "/gpu/v1") is the usual case. A base URL without any path names the host, so "/v1" stays
+        in the result. Any other prefix ("/openai") stands for "/v1": its server keeps the OpenAI paths
+        right below it.
         """
         if prefix.endswith("/v1"):
             return prefix.removesuffix("/v1") + path
@@ -67,14 +68,16 @@ class Runtime:
 def parse_openai_models(body: bytes) -> tuple[str, ...]:
     """Model ids of an OpenAI list: `{"data": [{"id": "..."}]}`.
 
-    A bare array is taken too, and entries without a usable id are passed over: proxies in front of runtimes are
-    less exact than the API reference.
+    A bare array is taken too, and entries without a usable id are passed over: proxies in front of runtimes
+    are less exact than the API reference.
     """
     return _names(body, "data", "id")
 
 
 def parse_ollama_models(body: bytes) -> tuple[str, ...]:
-    """Model names of Ollama's `GET /api/tags`: `{"models": [{"name": "smol:latest"}]}`; null for none at all."""
+    """Model names of Ollama's `GET /api/tags`: `{"models": [{"name": "smol:latest"}]}`; null for none at
+    all.
+    """
     return _names(body, "models", "name")
 
 

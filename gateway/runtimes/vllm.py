@@ -1,7 +1,7 @@
 """vLLM: `vllm serve` (uvicorn). https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 
-`/health` answers 200 with an empty body, and stays open when the server has an API key. While the model loads (half
-a minute and more) nothing listens at all. Idle connections are closed after exactly 5.0 s.
+`/health` answers 200 with an empty body, and stays open when the server has an API key. While the model
+loads (half a minute and more) nothing listens at all. Idle connections are closed after exactly 5.0 s.
 """
 
 from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models

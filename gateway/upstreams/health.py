@@ -1,0 +1,95 @@
+"""The prober: one task that keeps every upstream's health and model list fresh. The finding is
+`Control.probe`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+
+from gateway.upstreams.control import Control
+from gateway.upstreams.upstream import Upstream
+
+log = logging.getLogger(__name__)
+
+
+class Prober:
+    """Probes `upstreams()` again and again, in parallel; calls `on_change` when a status or a model list
+    changed.
+
+    `upstreams` is asked anew each time, so a reloaded set is picked up within `recheck_s`. An upstream that
+    answers is probed every `interval_s`, one that does not every `recheck_s`, so that its return is seen
+    soon; each wait is stretched or shortened by up to `jitter` of itself, so that many gateways do not
+    knock together.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        upstreams: Callable[[], Iterable[Upstream]],
+        on_change: Callable[[Upstream], None],
+        *,
+        interval_s: float = 10.0,
+        recheck_s: float = 1.0,
+        jitter: float = 0.2,
+        clock: Callable[[], float] = time.monotonic,
+        spread: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        if interval_s <= 0 or recheck_s <= 0:
+            raise ValueError("interval_s and recheck_s must be above 0")
+        self._control = control
+        self._upstreams = upstreams
+        self._on_change = on_change
+        self._interval_s = interval_s
+        self._recheck_s = min(recheck_s, interval_s)
+        self._jitter = jitter
+        self._clock = clock
+        self._spread = spread
+        self._next_at: dict[Upstream, float] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin probing in a task of its own; the first round runs at once."""
+        if self._task is not None:
+            raise RuntimeError("the prober runs already")
+        self._task = asyncio.create_task(self._run(), name="prober")
+
+    async def stop(self) -> None:
+        """Stop; returns when nothing of it runs any more. Safe to call twice."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def due(self, now: float) -> list[Upstream]:
+        """The upstreams whose time has come; forgets those that have left the set."""
+        current = tuple(self._upstreams())
+        self._next_at = {upstream: self._next_at.get(upstream, now) for upstream in current}
+        return [upstream for upstream, at in self._next_at.items() if at <= now]
+
+    async def probe_due(self) -> None:
+        """Probe what is due, all at once, and wait for the findings."""
+        await asyncio.gather(*(self._probe(upstream) for upstream in self.due(self._clock())))
+
+    async def _run(self) -> None:
+        while True:
+            await self.probe_due()
+            # A short tick rather than a computed wake-up: a reload may bring upstreams that are due now.
+            soonest_at = min(self._next_at.values(), default=float("inf"))
+            await asyncio.sleep(max(0.01, min(soonest_at - self._clock(), self._recheck_s)))
+
+    async def _probe(self, upstream: Upstream) -> None:
+        before = (upstream.health.status, upstream.models)
+        health = await self._control.probe(upstream)
+        wait_s = self._recheck_s if health.status == "unreachable" else self._interval_s
+        self._next_at[upstream] = self._clock() + wait_s * self._spread(1 - self._jitter, 1 + self._jitter)
+        if (health.status, upstream.models) == before:
+            return
+        try:
+            self._on_change(upstream)
+        except Exception:
+            # A listener's defect must not end the probing of the whole fleet.
+            log.exception("on_change failed for %s", upstream.name)
