@@ -1,0 +1,10 @@
+"""Bytes on the wire, without I/O: request bodies, headers, SSE and NDJSON framing, and the token meter.
+
+Pure: standard library, orjson, msgspec and multidict only. Nothing here awaits, opens a socket or reads a clock;
+times come in as arguments (seconds on a monotonic clock). Everything is fed bytes in any split and gives bytes back.
+
+- `body`     one pass over a request's JSON: top-level spans, typed peeks, duplicate keys, splices
+- `headers`  which headers may pass, in either direction
+- `sse`, `ndjson`  cut a stream into events without changing a byte
+- `usage`    `Usage`, and the meters that count an answer as its bytes pass
+"""
