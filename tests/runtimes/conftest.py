@@ -93,9 +93,10 @@ class Gateway(Door):
                         return dict(entry)
             return None
 
-        return until(
+        found: dict[str, Any] = until(
             find, within_s, lambda: f"no log line of {request_id} in:\n" + "\n".join(self.lines[-5:])
         )
+        return found
 
 
 def until(find: Callable[[], Any], within_s: float, why: Callable[[], str], every_s: float = 0.005) -> Any:
@@ -140,7 +141,17 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Llama]:
     assert MODEL.exists(), "run `make test-runtimes`"
     door = Llama("llama-server", free_port())
     log = tmp_path_factory.mktemp("llama") / "log"
-    command = [LLAMA_SERVER, "-m", MODEL, "--host", "127.0.0.1", "--port", str(door.port), "--alias", "smol"]
+    command = [
+        str(LLAMA_SERVER),
+        "-m",
+        str(MODEL),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(door.port),
+        "--alias",
+        "smol",
+    ]
     command += ["--metrics", "--slots", "--no-ui", "-np", "2", "-c", "4096", "-t", "2"]
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)

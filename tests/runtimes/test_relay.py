@@ -205,7 +205,7 @@ def test_requests_are_in_the_metrics(gateway: Gateway) -> None:
 
 
 def abort(door: Door, llama: Llama, how: str) -> tuple[float, str]:
-    """Start a long stream, read three events, leave; seconds until the slots are free, and the answer's head."""
+    """Start a long stream, read three events, leave: seconds until the slots are free, the head."""
     until(lambda: llama.busy_slots() == 0, 10, lambda: "the slots were not free before the test")
     long = b'{"model":"smol","stream":true,"max_tokens":1500,"ignore_eos":true,"messages":[{"role":"user",'
     long += b'"content":"Tell me a long story."}]}'
