@@ -1,5 +1,4 @@
-"""What differs between the runtimes that answer: where their doors are, how they list models, what they
-tolerate.
+"""What differs between the runtimes that answer: their doors, their model lists, what they tolerate.
 
 One file per runtime, each a `Runtime` value, and one line in `RUNTIMES`. To add one: write
 `runtimes/foo.py`, add its line, and put a recorded transcript of its model list in

@@ -75,9 +75,7 @@ def parse_openai_models(body: bytes) -> tuple[str, ...]:
 
 
 def parse_ollama_models(body: bytes) -> tuple[str, ...]:
-    """Model names of Ollama's `GET /api/tags`: `{"models": [{"name": "smol:latest"}]}`; null for none at
-    all.
-    """
+    """Model names of Ollama's `GET /api/tags`: `{"models": [{"name": "smol:latest"}]}`; null if none."""
     return _names(body, "models", "name")
 
 

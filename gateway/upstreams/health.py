@@ -1,6 +1,4 @@
-"""The prober: one task that keeps every upstream's health and model list fresh. The finding is
-`Control.probe`'s.
-"""
+"""The prober: one task that keeps the health and the model list of every upstream fresh."""
 
 from __future__ import annotations
 
