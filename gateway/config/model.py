@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal
 
 from gateway.upstreams.upstream import Timeouts
@@ -92,9 +91,9 @@ class Model:
 class Provider:
     """One entry of `OPENAI_COMPATIBLE_DATA`: a name, one or more addresses, and the models served there.
 
-    `base_urls` are OpenAI bases without a trailing slash ("http://host:8000/v1"). `runtime` is a name in RUNTIMES,
-    or "" for a generic OpenAI-compatible server. `discover`: `models` was left out, so the upstream is asked.
-    `origin` names the configuration entry in words an operator can search for ("environment
+    `base_urls` are OpenAI bases without a trailing slash ("http://host:8000/v1"). `runtime` is a name in
+    RUNTIMES, or "" for a generic OpenAI-compatible server. `discover`: `models` was left out, so the upstream
+    is asked. `origin` names the configuration entry in words an operator can search for ("environment
     OPENAI_COMPATIBLE_DATA[0]", "gateway.toml:providers[1]").
     """
 
@@ -124,8 +123,8 @@ class Listen:
 class Problem:
     """One thing wrong with the configuration.
 
-    `path` is where ("OPENAI_COMPATIBLE_DATA[0].runtime"), `origin` the source it came from (".env:12"), `value`
-    what stood there as text, masked or left out where it may hold a secret, `nearest` the nearest valid name.
+    `path` is where ("OPENAI_COMPATIBLE_DATA[0].runtime"), `origin` the source it came from (".env:12"),
+    `value` what stood there as text, left out where it may hold a secret, `nearest` the nearest valid name.
     """
 
     path: str
@@ -138,11 +137,11 @@ class Problem:
     def __str__(self) -> str:
         text = f"{self.path}: {self.message}"
         if self.value:
-            text += f" (value: {self.value})"
+            text += f", not {self.value}"
         if self.nearest:
             text += f"; did you mean {self.nearest}?"
         if self.hint:
-            text += f"; {self.hint}"
+            text += f" ({self.hint})"
         return text
 
 
@@ -173,13 +172,11 @@ class Config:
     body_timeout_s: float = 60.0
     min_body_rate: int = 1024  # bytes per second a client must keep up while sending its body; 0 is off
     keepalive_timeout_s: float = 30.0
-    #: how long a pooled connection to an upstream may idle: below the 5 s after which uvicorn and llama.cpp close it
+    #: how long a pooled upstream connection may idle: uvicorn and llama.cpp close theirs after 5 s
     upstream_idle_s: float = 4.0
     shutdown_s: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     access_log: bool = True
     demo: Literal["auto", "on", "off"] = "auto"
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
-    origins: Mapping[str, str] = field(
-        default_factory=lambda: MappingProxyType({}), compare=False, repr=False
-    )
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Principal:
     """The owner of a key.
 
-    `key_id` is public and names the key in logs and records. `models` is the set of catalog names the key may use,
-    None for all; it is asked about the final model, after aliases and on fallbacks.
+    `key_id` is public and names the key in logs and records. `models` is the set of catalog names the key may
+    use, None for all; it is asked about the final model, after aliases and on fallbacks.
     """
 
     name: str

@@ -1,0 +1,73 @@
+"""Every setting once: its field in `Config`, its variable, how it is read, what it is for.
+
+The table drives the environment, `.env`, the TOML file, the command line's flags and the check of
+`.env.example`. Defaults are `Config`'s own. `api_keys` and `providers` are read elsewhere, for one text holds
+many values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from gateway.config import parsing
+
+
+def _many(raw: object) -> object:
+    return raw
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """`field`: name in `Config` and key in the TOML file. `variable`: name in the environment and `.env`."""
+
+    field: str
+    parse: Callable[[object], object]
+    about: str
+    variable: str
+    flag: bool = True
+
+    @property
+    def option(self) -> str:
+        return "--" + self.field.replace("_", "-")
+
+
+def _setting(
+    field: str, parse: Callable[[object], object], about: str, variable: str = "", flag: bool = True
+) -> Setting:
+    return Setting(field, parse, about, variable or f"GATEWAY_{field.upper()}", flag)
+
+
+_seconds = parsing.number(above=0.0, unit=" (seconds)")
+_seconds_or_zero = parsing.number(unit=" (seconds)")
+
+SETTINGS: Final[tuple[Setting, ...]] = (
+    _setting("providers", _many, "JSON array of providers and their models", "OPENAI_COMPATIBLE_DATA", False),
+    _setting("ollama_base_url", parsing.base_url, "Ollama's address, with or without /api", "OLLAMA_BASE_URL"),
+    _setting("enable_pull", parsing.switch, "allow Ollama model pull and delete", "LOCAL_LLM_ENABLE_PULL"),
+    _setting("listen", parsing.listen, "address for clients, host:port"),
+    _setting("metrics_listen", parsing.listen_or_off, "address for Prometheus, host:port or off"),
+    _setting("data_dir", parsing.directory, "directory for keys and records"),
+    _setting("api_keys", _many, "client keys: name=key,…", flag=False),
+    _setting("tools_unsupported", parsing.choice("strip", "reject"), "tools for a model without them"),
+    _setting("max_body_bytes", parsing.whole(1, 2**40), "largest request body"),
+    _setting("body_timeout_s", _seconds, "longest wait for a request body"),
+    _setting("min_body_rate", parsing.whole(0, 2**40), "bytes per second a request body must keep up; 0 is off"),
+    _setting("keepalive_timeout_s", _seconds, "how long an idle client connection, or one sending headers, is kept"),
+    _setting("upstream_idle_s", _seconds_or_zero, "how long an idle upstream connection is kept; 0 is never"),
+    _setting("shutdown_s", _seconds_or_zero, "how long running requests may finish after SIGTERM"),
+    _setting("log_level", parsing.choice("debug", "info", "warning", "error"), "least severe message to log"),
+    _setting("access_log", parsing.switch, "one log line for each request"),
+    _setting(
+        "demo",
+        parsing.choice("auto", "on", "off"),
+        "the built-in demo engine; auto: if nothing else is found",
+    ),
+)
+
+BY_FIELD: Final = {setting.field: setting for setting in SETTINGS}
+BY_VARIABLE: Final = {setting.variable: setting for setting in SETTINGS}
+
+#: names the TOML file; read from the environment and `.env` only
+CONFIG_VARIABLE: Final = "GATEWAY_CONFIG"
