@@ -1,0 +1,361 @@
+"""One client connection: HTTP/1.1 in through httptools, bytes out exactly as told, and every way to break off.
+
+`Received` is what came in; `Response` frames one answer and applies the faults of framing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import struct
+from collections import deque
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import httptools
+import orjson
+
+from gateway.sim.faults import Faults
+
+if TYPE_CHECKING:
+    from gateway.sim.server import SimServer
+
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+class Received:
+    """A request as it arrived. Times are `loop.time()`; `closed_at` is set when its connection has gone."""
+
+    __slots__ = (
+        "at",
+        "body",
+        "closed_at",
+        "connection",
+        "finished_at",
+        "keep_alive",
+        "method",
+        "raw_headers",
+        "target",
+    )
+
+    def __init__(
+        self,
+        method: str,
+        target: str,
+        raw_headers: list[tuple[bytes, bytes]],
+        body: bytes,
+        connection: int,
+        keep_alive: bool,
+        at: float,
+    ) -> None:
+        self.method = method
+        self.target = target  # raw, undecoded
+        self.raw_headers = raw_headers
+        self.body = body
+        self.connection = connection  # number of the connection, from 1
+        self.keep_alive = keep_alive
+        self.at = at
+        self.finished_at: float | None = None  # the answer was handed to the transport whole
+        self.closed_at: float | None = None
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """Name and value pairs in the order and spelling received (latin-1)."""
+        return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in self.raw_headers]
+
+    def header(self, name: str) -> str | None:
+        wanted = name.lower().encode("latin-1")
+        for key, value in self.raw_headers:
+            if key.lower() == wanted:
+                return value.decode("latin-1")
+        return None
+
+    def json(self) -> Any:
+        return orjson.loads(self.body)
+
+    def __repr__(self) -> str:
+        return f"<Received {self.method} {self.target} {len(self.body)} bytes on connection {self.connection}>"
+
+
+class Connection(asyncio.Protocol):
+    """Requests are answered one after the other; pipelined ones wait."""
+
+    def __init__(self, server: SimServer) -> None:
+        self.server = server
+        self.loop = server.loop
+        self.number = 0
+        self.transport: asyncio.Transport = None  # type: ignore[assignment]  # set by connection_made
+        self.closed = False
+        self.paused = False  # the client reads slower than we write
+        self.current: Received | None = None
+        self.work: Any = None  # the Generation in progress: has on_writable() and on_closed()
+        self._waiting: deque[Received] = deque()
+        self._served: deque[Received] = deque(maxlen=1000)
+        self._parser = httptools.HttpRequestParser(self)
+        self._idle: asyncio.TimerHandle | None = None
+        self._drip: deque[bytes] = deque()  # pieces still to be written, one for each turn of the loop
+        self._after_drip: list[Any] = []
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._body: list[bytes] = []
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.number = self.server.opened(self)
+        if self.server.faults.black_hole:
+            transport.pause_reading()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
+        self._stop_idle()
+        now = self.loop.time()
+        for received in self._served:
+            received.closed_at = now
+        if self.current is not None:
+            self.current.closed_at = now
+        work, self.work = self.work, None
+        if work is not None:
+            work.on_closed()
+        self.server.lost(self)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self.work is not None:
+            self.work.on_writable()
+
+    def data_received(self, data: bytes) -> None:
+        self._stop_idle()
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # vLLM ignores the offer and answers the request
+        except httptools.HttpParserError:
+            body = b"Invalid HTTP request received."
+            head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n"
+            self.write(head % len(body) + b"connection: close\r\n\r\n" + body)
+            self.cut("fin")
+
+    # httptools callbacks
+
+    def on_message_begin(self) -> None:
+        self._url, self._headers, self._body = b"", [], []
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        for name, value in self._headers:
+            if name.lower() == b"expect" and value.lower() == b"100-continue":
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        received = Received(
+            self._parser.get_method().decode("latin-1"),
+            self._url.decode("latin-1"),
+            self._headers,
+            body,
+            self.number,
+            self._parser.should_keep_alive(),
+            self.loop.time(),
+        )
+        self._served.append(received)
+        self.server.requests.append(received)
+        self.server.requests_total += 1
+        if self.current is None:
+            self.current = received
+            self.server.answer(self, received)
+        else:
+            self._waiting.append(received)
+
+    # writing
+
+    def write(self, data: bytes, piece_bytes: int = 0) -> None:
+        """Hand bytes to the transport: at once, or `piece_bytes` at a time, each in its own turn of the loop."""
+        if self.closed:
+            return
+        if not piece_bytes and not self._drip:
+            self.transport.write(data)
+            return
+        idle = not self._drip
+        step = piece_bytes or len(data)
+        self._drip.extend(data[at : at + step] for at in range(0, len(data), step))
+        if idle and self._drip:
+            self.loop.call_soon(self._drop)
+
+    def _drop(self) -> None:
+        if self.closed:
+            return
+        self.transport.write(self._drip.popleft())
+        if self._drip:
+            self.loop.call_soon(self._drop)
+            return
+        waiting, self._after_drip = self._after_drip, []
+        for call in waiting:
+            call()
+
+    def flushed(self, call: Any) -> None:
+        """Run `call()` once the bytes written so far are with the transport."""
+        if self._drip:
+            self._after_drip.append(call)
+        else:
+            call()
+
+    def done(self, keep_alive: bool, faults: Faults) -> None:
+        """The answer is written: go on with the next request, or wait for it, or close."""
+        received, self.current, self.work = self.current, None, None
+        if received is not None:
+            received.finished_at = self.loop.time()
+        if self.closed:
+            return
+        if not keep_alive:
+            self.flushed(self.transport.close)
+            return
+        if faults.close_idle_s == 0:
+            self.flushed(self.transport.close)
+            return
+        if self._waiting:
+            self.current = self._waiting.popleft()
+            self.loop.call_soon(self._answer_next)
+            return
+        after = self.server.keep_alive_s if faults.close_idle_s is None else faults.close_idle_s
+        if faults.close_idle_random_s is not None:
+            after = random.uniform(0, faults.close_idle_random_s)
+        if after is not None:
+            self._idle = self.loop.call_later(after, self.transport.close)
+
+    def _answer_next(self) -> None:
+        if self.current is not None and not self.closed:
+            self.server.answer(self, self.current)
+
+    def cut(self, how: str) -> None:
+        """End the connection once the bytes written have left: "fin", or "rst"."""
+        self.flushed(self._reset if how == "rst" else self._finish)
+
+    def _finish(self) -> None:
+        # over TLS, close() would say goodbye properly; a cut connection does not
+        if self.transport.get_extra_info("sslcontext") is None:
+            self.transport.close()
+        elif self.transport.get_write_buffer_size():
+            self.loop.call_later(0.002, self._finish)
+        else:
+            self.transport.abort()
+
+    def _reset(self) -> None:
+        if self.closed:
+            return
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(0.002, self._reset)
+            return
+        raw: socket.socket = self.transport.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def _stop_idle(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+            self._idle = None
+
+
+class Response:
+    """One answer on the wire. `send` returns False once the connection has been cut."""
+
+    __slots__ = ("_chunked", "_events", "_gathered", "_keep_alive", "_piece", "_sent", "connection", "faults", "live")
+
+    def __init__(self, connection: Connection, faults: Faults, keep_alive: bool) -> None:
+        self.connection = connection
+        self.faults = faults
+        self.live = True
+        self._keep_alive = keep_alive and not faults.close_delimited
+        self._chunked = False
+        self._piece = faults.chunk
+        self._sent = 0  # body bytes
+        self._events = 0
+        self._gathered: list[bytes] = []
+
+    def begin(
+        self, status: int, content_type: str, length: int | None, headers: tuple[tuple[str, str], ...] = ()
+    ) -> None:
+        """Write the head. Without `length` the body is chunked."""
+        faults = self.faults
+        lines = [
+            b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown")),
+            self.connection.server.common_headers(),
+        ]
+        self._chunked = (length is None or faults.bad_headers == "smuggle") and not faults.close_delimited
+        if length is not None and not faults.close_delimited:
+            lines.append(b"content-length: %d\r\n" % length)
+        elif faults.bad_headers == "smuggle":
+            lines.append(b"content-length: 5\r\n")
+        if content_type:
+            lines.append(b"content-type: %b\r\n" % content_type.encode("latin-1"))
+        if self._chunked:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        if not self._keep_alive:
+            lines.append(b"connection: close\r\n")
+        if faults.bad_headers == "control":
+            lines.append(b"x-bad: a\x01b\x7fc\x0bd\r\n")
+        elif faults.bad_headers == "giant":
+            lines.append(b"x-giant: " + b"g" * (1 << 20) + b"\r\n")
+        lines += [f"{name}: {value}\r\n".encode("latin-1") for name, value in (*headers, *faults.headers)]
+        self.connection.write(b"".join(lines) + b"\r\n", self._piece)
+
+    def event(self, payload: bytes) -> bool:
+        """Send one SSE event (LF line ends), decorated as the faults ask."""
+        faults = self.faults
+        self._events += 1
+        if faults.comment_every and self._events % faults.comment_every == 0:
+            payload = b": comment\n\n" + payload
+        if faults.line_end != "\n":
+            payload = payload.replace(b"\n", faults.line_end.encode())
+        if faults.events_per_write > 1:
+            self._gathered.append(payload)
+            if len(self._gathered) < faults.events_per_write:
+                return self.live
+            return self.flush()
+        return self.send(payload)
+
+    def flush(self) -> bool:
+        if self._gathered:
+            payload = b"".join(self._gathered)
+            self._gathered.clear()
+            self.send(payload)
+        return self.live
+
+    def send(self, payload: bytes) -> bool:
+        if not self.live:
+            return False
+        size = len(payload)
+        limit = self.faults.cut_at_byte
+        if limit is not None and self._sent + size >= limit:
+            self.live = False
+            payload = payload[: limit - self._sent]
+        self._sent += len(payload)
+        if self._chunked:
+            end = b"\r\n" if self.live else b""
+            payload = b"%x\r\n%b%b" % (size, payload, end)
+        self.connection.write(payload, self._piece)
+        if not self.live:
+            self.connection.cut(self.faults.cut_with)
+        return self.live
+
+    def end(self) -> None:
+        """End the body as framed, and let the connection go on."""
+        if not self.flush():
+            return
+        if self._chunked:
+            self.connection.write(b"0\r\n\r\n", self._piece)
+        self.connection.done(self._keep_alive, self.faults)

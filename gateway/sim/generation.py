@@ -1,0 +1,221 @@
+"""One call on its way: the engine's events in, vLLM's chunks out, the faults at their tokens.
+
+The engine runs ahead of a slow client; events are written while the client keeps up, so a stream costs two counters
+here, not a queue.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gateway.sim.connection import Connection, Received, Response
+from gateway.sim.dialect import DONE, ENGINE_DEAD, ERROR_EVENT, Call, error_body
+from gateway.sim.engine import Event, Request
+from gateway.sim.shapes import Shape
+
+if TYPE_CHECKING:
+    from gateway.sim.server import SimServer
+
+#: events written in one turn of the loop before others get theirs
+_TURN = 512
+
+
+class Generation:
+    __slots__ = (
+        "_cached",
+        "_choices",
+        "_first_at",
+        "_last_at",
+        "_made",
+        "_pinged_at",
+        "_rest",
+        "_sent",
+        "_stop",
+        "call",
+        "connection",
+        "received",
+        "response",
+        "serial",
+        "server",
+        "shape",
+    )
+
+    def __init__(
+        self, server: SimServer, connection: Connection, received: Received, call: Call, serial: int, created: int
+    ) -> None:
+        self.server = server
+        self.connection = connection
+        self.received = received
+        self.call = call
+        self.serial = serial
+        self.shape = Shape(call, serial, created)
+        self.response = Response(connection, call.faults, received.keep_alive)
+        self._choices = len(call.choices)
+        self._made = [0] * self._choices  # tokens the engine has made
+        self._sent = [-1] * self._choices if call.chat else [0] * self._choices  # -1: the role chunk is due
+        self._rest = self._choices  # sequences still in the engine
+        self._cached = 0
+        self._first_at = 0.0
+        self._last_at = received.at
+        self._pinged_at = received.at
+        self._stop = call.faults.stops_after
+
+    def start(self) -> None:
+        """Submit every choice. ValueError: it could never fit into the engine."""
+        call, faults = self.call, self.call.faults
+        self.connection.work = self
+        for index, choice in enumerate(call.choices):
+            request = Request(
+                (self.serial, index),
+                call.prompt_lengths[index],
+                choice.tokens,
+                call.blocks[index],
+                faults.first_token_s,
+                faults.token_s,
+                self._stop,
+            )
+            self.server.submit(request, self)
+        if call.stream:
+            length = None
+            if faults.content_length:
+                length = sum(map(len, self._every_event()))
+            self.response.begin(200, "text/event-stream; charset=utf-8", length)
+            if faults.ping_s:
+                self.server.loop.call_later(faults.ping_s, self._ping)
+        if self._stop == 0:
+            self._break()
+
+    def on_event(self, event: Event, index: int, now: float) -> None:
+        made = event.generated - self._made[index]
+        self._made[index] = event.generated
+        server = self.server
+        if self._first_at == 0.0:
+            self._first_at = now
+            self._cached = event.cached_tokens
+            server.first_token_s.add(now - self.received.at)
+            made -= 1
+        if made > 0:
+            server.inter_token_s.add((now - self._last_at) / made, made)
+        self._last_at = now
+        if event.finished:
+            self._rest -= 1
+            server.finished[self.call.choices[index].finish] += 1
+            if not self._rest:
+                server.request_s.add(now - self.received.at)
+        if self.call.stream:
+            self._pump()
+        elif self._stop is not None and index == 0 and event.generated >= self._stop:
+            self._break()
+        elif not self._rest:
+            body = self.shape.whole(self._cached, self.server.created())
+            self.response.begin(200, "application/json", len(body))
+            if self.response.send(body):
+                self.response.end()
+
+    def on_writable(self) -> None:
+        if self.call.stream:
+            self._pump()
+
+    def on_closed(self) -> None:
+        """The client has gone: free the engine at once."""
+        if self._abort():
+            self.server.aborted += 1
+
+    def _abort(self) -> bool:
+        known = [self.server.abort((self.serial, index)) for index in range(self._choices)]  # every one
+        return any(known)
+
+    def _pump(self) -> None:
+        """Write what the engine has made and the client can take, the choices in turns."""
+        sent, made, response, connection = self._sent, self._made, self.response, self.connection
+        if connection.work is not self:
+            return
+        turn = 0
+        progress = True
+        while progress:
+            progress = False
+            for index in range(self._choices):
+                if connection.paused:
+                    return
+                at = sent[index]
+                if at >= made[index]:
+                    continue
+                if index == 0 and self._stop is not None and at >= self._stop:
+                    break
+                progress = True
+                sent[index] = at + 1
+                for payload in self._events(index, at):
+                    if not response.event(payload):
+                        return
+                turn += 1
+            if turn >= _TURN and progress:
+                self.server.loop.call_soon(self._pump)
+                return
+        if self._stop is not None and sent[0] >= self._stop:
+            self._break()
+        elif not self._rest and sent == made:
+            total = sum(made)
+            usage = self.shape.usage(total, self._cached)
+            if (not usage or response.event(usage)) and response.event(DONE):
+                response.end()
+
+    def _events(self, index: int, at: int) -> list[bytes]:
+        """The chunks for token `at` (-1: the role) of a choice."""
+        if at < 0:
+            return [self.shape.role(index)]
+        choice = self.call.choices[index]
+        made = sum(sent for sent in self._sent if sent > 0)
+        last = at == choice.tokens - 1
+        if last and not (choice.tool is not None and choice.finish == "length"):
+            return [self.shape.finish(index, made)]
+        if not choice.pieces[at] and choice.tool is None:
+            return []  # swallowed by a stop string
+        payload = self.shape.piece(index, at, made)
+        missing = self.call.faults.big_event_bytes - len(payload) + 2
+        if at == 0 and index == 0 and missing > 0:
+            choice.pieces[0] += "x" * missing
+            payload = self.shape.piece(index, at, made)
+        return [payload, self.shape.finish(index, made)] if last else [payload]
+
+    def _every_event(self) -> list[bytes]:
+        """The whole stream in advance, for a content-length: the text is known, only its timing is not."""
+        kept, events = self._sent[:], []
+        for index, choice in enumerate(self.call.choices):
+            for at in range(self._sent[index], choice.tokens):
+                self._sent[index] = at + 1
+                events += self._events(index, at)
+        total = sum(choice.tokens for choice in self.call.choices)
+        self._sent = kept
+        return [*events, self.shape.usage(total, 0), DONE]
+
+    def _break(self) -> None:
+        """The token has come at which this answer goes wrong."""
+        faults, response = self.call.faults, self.response
+        at = self._stop
+        if at == faults.stall_at_token:
+            response.flush()
+            return
+        self._abort()
+        if at == faults.cut_at_token:
+            if self.call.stream:
+                response.flush()
+            response.live = False
+            self.connection.cut(faults.cut_with)
+        elif not self.call.stream:
+            body = error_body(500, "InternalServerError", ENGINE_DEAD)
+            response.begin(500, "application/json", len(body))
+            if response.send(body):
+                response.end()
+        elif at == faults.clean_cut_at_token or (response.event(ERROR_EVENT) and response.event(DONE)):
+            response.end()
+
+    def _ping(self) -> None:
+        if self.connection.work is not self or not self.response.live:
+            return
+        now = self.server.loop.time()
+        quiet = now - max(self._last_at, self._pinged_at)
+        if quiet >= self.call.faults.ping_s * 0.99:
+            self._pinged_at = now
+            self.response.send(b":\n\n")
+            quiet = 0.0
+        self.server.loop.call_later(self.call.faults.ping_s - quiet, self._ping)
