@@ -123,7 +123,7 @@ class Listen:
 class Problem:
     """One thing wrong with the configuration.
 
-    `path` is where ("OPENAI_COMPATIBLE_DATA[0].runtime"), `origin` the source it came from (".env:12"),
+    `path` is where ("OPENAI_COMPATIBLE_DATA[0].runtime"), `origin` the source that holds it (".env:12"),
     `value` what stood there as text, left out where it may hold a secret, `nearest` the nearest valid name.
     """
 
@@ -135,9 +135,7 @@ class Problem:
     origin: str = ""
 
     def __str__(self) -> str:
-        text = f"{self.path}: {self.message}"
-        if self.value:
-            text += f", not {self.value}"
+        text = f"{self.path} = {self.value}: {self.message}" if self.value else f"{self.path}: {self.message}"
         if self.nearest:
             text += f"; did you mean {self.nearest}?"
         if self.hint:

@@ -4,7 +4,7 @@
       "models": [{"apiName": "deepseek-r1-distill-qwen-7b", "uiName": "R1 7B", "supportsTools": false,
                   "aliases": ["r1"], "contextWindow": 32768, "price": {"input": 0.1, "output": 0.4}}],
       "baseUrls": ["http://gpu1:8000/v1", "http://gpu2:8000/v1"], "runtime": "vllm", "weight": 1,
-      "timeouts": {"connect": 5, "firstByte": 300, "idle": 60, "total": null}}]
+      "timeouts": {"connect": 5, "firstByte": 600, "idle": 60, "total": null}}]
 
 `provider` and one of `baseUrl`, `baseUrls` are required; `models` left out means "ask the upstream". Times
 are in seconds; null or "off" switches one off. `apiKey` may be "env:NAME", which reads another variable. Keys
@@ -57,13 +57,15 @@ class Reader:
     def __init__(self, collect: Collector, variables: Mapping[str, str]) -> None:
         self.collect = collect
         self.variables = variables
+        self.source = ""
         self.origins: dict[str, str] = {}
 
-    def providers(self, raw: object, path: str, origin: str) -> tuple[Provider, ...]:
-        """All usable providers in `raw`; `path` and `origin` say where it stood."""
+    def providers(self, raw: object, path: str, source: str, origin: str) -> tuple[Provider, ...]:
+        """All usable providers in `raw`; `path`, `source` and `origin` say where it stood."""
+        self.source = source
         if not isinstance(raw, list):
             hint = "an array even for one provider: [{…}]" if isinstance(raw, dict) else ""
-            self.collect.refuse(path, origin, Refused("must be an array of providers", hint=hint), raw)
+            self.collect.refuse(path, self.source, Refused("must be an array of providers", hint=hint), raw)
             return ()
         found: list[Provider] = []
         first_at: dict[str, str] = {}
@@ -84,10 +86,12 @@ class Reader:
                 continue
             first_at[provider.name] = entry.path
             found.append(provider)
-        self._shared_addresses(found, path, origin)
+        self._shared_addresses(found, path)
         return tuple(found)
 
-    def ollama(self, root: str, providers: tuple[Provider, ...], variable: str, origin: str) -> tuple[Provider, ...]:
+    def ollama(
+        self, root: str, providers: tuple[Provider, ...], path: str, source: str, origin: str
+    ) -> tuple[Provider, ...]:
         """`providers` with the Ollama at `root` among them: the one declared at that address, or a new one."""
         for index, provider in enumerate(providers):
             if root in map(native_root, provider.base_urls):
@@ -97,9 +101,11 @@ class Reader:
                 return (*providers[:index], provider, *providers[index + 1 :])
         if any(provider.name == "ollama" for provider in providers):
             message = "becomes the provider 'ollama', but another provider at another address has that name"
-            self.collect.add(variable, origin, message, hint="rename that provider, or remove this setting")
+            self.collect.add(path, source, message, hint="rename that provider, or remove this setting")
             return providers
-        self.origins[f"providers[{len(providers)}]"] = origin
+        added = f"providers[{len(providers)}]"
+        self.origins[added] = origin
+        self.origins |= dict.fromkeys((f"{added}.api_key", f"{added}.weight", f"{added}.timeouts"), "default")
         return (
             *providers,
             Provider("ollama", (root + "/v1",), runtime="ollama", discover=True, origin=origin),
@@ -174,11 +180,15 @@ class Reader:
             return ()
         path, origin = entry.at("models"), entry.where("models")
         if not isinstance(raw, list):
-            self.collect.refuse(path, origin, Refused("must be an array of models", hint='[{"apiName": "…"}]'), raw)
+            self.collect.refuse(
+                path, self.source, Refused("must be an array of models", hint='[{"apiName": "…"}]'), raw
+            )
             return ()
         if not raw:
             message = "is empty, so this provider serves nothing"
-            self.collect.warn(path, origin, message, hint="list its models, or leave the key out to ask the provider")
+            self.collect.warn(
+                path, self.source, message, hint="list its models, or leave the key out to ask the provider"
+            )
             return ()
         names: dict[str, str] = {}
         inner = [
@@ -220,13 +230,13 @@ class Reader:
         amount = parsing.number(most=1e9)
         return Price(*(inner.take(key, amount, None) for key in _PRICE_KEYS))
 
-    def _shared_addresses(self, providers: list[Provider], path: str, origin: str) -> None:
+    def _shared_addresses(self, providers: list[Provider], path: str) -> None:
         seen: dict[str, str] = {}
         for provider in providers:
             for url in provider.base_urls:
                 if url in seen:
                     message = f"{seen[url]!r} and {provider.name!r} share the address {url}"
-                    self.collect.warn(path, origin, message, hint="its load is counted apart for each of them")
+                    self.collect.warn(path, self.source, message, hint="its load is counted apart for each of them")
                 seen.setdefault(url, provider.name)
 
 
@@ -263,7 +273,7 @@ class Entry:
         if isinstance(raw, dict):
             self._keys(raw)
         else:
-            reader.collect.refuse(path, origin, Refused("must be an object"), raw)
+            reader.collect.refuse(path, reader.source, Refused("must be an object"), raw)
 
     def _keys(self, raw: dict[str, Any]) -> None:
         names = {key: key for key in self.known} | {snake(key): key for key in self.known}
@@ -275,7 +285,7 @@ class Entry:
                 near = meant or parsing.nearest(written, self.known)
                 self.reader.collect.add(
                     f"{self.path}.{shown}",
-                    self.origin,
+                    self.reader.source,
                     "unknown key",
                     nearest=near,
                     hint="" if near else _list(self.known),
@@ -294,7 +304,7 @@ class Entry:
         return f"{self.origin}.{self.spelled.get(key, key)}"
 
     def add(self, key: str, message: str, *, hint: str = "") -> None:
-        self.reader.collect.add(self.at(key), self.origin, message, hint=hint)
+        self.reader.collect.add(self.at(key), self.reader.source, message, hint=hint)
 
     def take(
         self,
@@ -315,7 +325,7 @@ class Entry:
         try:
             return parse(raw)
         except Refused as refused:
-            self.reader.collect.refuse(self.at(key), self.origin, refused, raw)
+            self.reader.collect.refuse(self.at(key), self.reader.source, refused, raw)
             return default
 
     def items(self, key: str, parse: Callable[[object], T]) -> list[Item]:
@@ -324,14 +334,14 @@ class Entry:
         if raw is None:
             return []
         if not isinstance(raw, list):
-            self.reader.collect.refuse(self.at(key), self.origin, Refused("must be an array"), raw)
+            self.reader.collect.refuse(self.at(key), self.reader.source, Refused("must be an array"), raw)
             return []
         found = []
         for index, element in enumerate(raw):
             try:
                 found.append(Item(f"{key}[{index}]", parse(element)))
             except Refused as refused:
-                self.reader.collect.refuse(self.at(f"{key}[{index}]"), self.origin, refused, element)
+                self.reader.collect.refuse(self.at(f"{key}[{index}]"), self.reader.source, refused, element)
         return found
 
     def enter(self, key: str, known: tuple[str, ...]) -> Entry | None:

@@ -105,7 +105,7 @@ def _assemble(layers: tuple[Layer, ...], variables: Mapping[str, str], collect: 
     if root is not None:
         values["ollama_base_url"] = root = native_root(root)
         at = given["ollama_base_url"]
-        values["providers"] = reader.ollama(root, values.get("providers", ()), at.path, at.origin)
+        values["providers"] = reader.ollama(root, values.get("providers", ()), at.path, at.source, at.origin)
     _across(values, given, collect)
     known = {field.name for field in fields(Config)}
     usable = {name: value for name, value in values.items() if name in known}
@@ -145,7 +145,7 @@ def _providers(given: Given, reader: Reader) -> Any:
         except (ValueError, RecursionError):  # a number of thousands of digits, or nesting as deep
             reader.collect.add(given.path, given.source, "is not usable JSON: a number too long, or nested too deep")
             return ()
-    return reader.providers(raw, given.path, given.origin)
+    return reader.providers(raw, given.path, given.source, given.origin)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""The command line: `llm-gateway serve | check | sim`.
+
+Exit codes: 0 done, 1 could not run (port in use, data directory not writable), 2 wrong usage or configuration.
+Rooms are imported by the command that needs them, so that `check` and `--help` start at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gateway import __version__
+
+if TYPE_CHECKING:
+    from gateway.config import Config
+
+OK, FAILED, WRONG = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` (default: the process's arguments) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show "…" must not end the program
+            stream.reconfigure(errors="backslashreplace")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(with_sim=bool(arguments) and arguments[0] == "sim")
+    args = parser.parse_args(arguments)
+    code: int = args.run(args)
+    return code
+
+
+def _parser(with_sim: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llm-gateway", description="The edge proxy for local LLM runtimes.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"llm-gateway {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    serve = commands.add_parser("serve", help="run the gateway", allow_abbrev=False)
+    _configuration_flags(serve)
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser("check", help="validate and show the configuration", allow_abbrev=False)
+    _configuration_flags(check)
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(run=_check)
+
+    sim = commands.add_parser("sim", help="the engine simulator")
+    if with_sim:
+        from gateway.sim import cli as sim_cli
+
+        sim_cli.add_arguments(sim)
+        sim.set_defaults(run=sim_cli.run)
+    return parser
+
+
+def _configuration_flags(parser: argparse.ArgumentParser) -> None:
+    from gateway.config.settings import SETTINGS
+
+    group = parser.add_argument_group("configuration", "each flag overrides the variable named with it")
+    group.add_argument("--config", metavar="FILE", type=Path, help="TOML file (GATEWAY_CONFIG)")
+    group.add_argument("--env-file", metavar="FILE", type=Path, help="instead of .env in the working directory")
+    for setting in SETTINGS:
+        if setting.flag:
+            text = f"{setting.about} ({setting.variable})".replace("%", "%%")
+            group.add_argument(setting.option, dest=setting.field, metavar="VALUE", help=text)
+
+
+def _load(args: argparse.Namespace) -> Config:
+    from gateway.config import load
+    from gateway.config.settings import SETTINGS
+
+    env_file = args.env_file
+    if env_file is None and Path(".env").is_file():
+        env_file = Path(".env")
+    given = ((setting.field, getattr(args, setting.field)) for setting in SETTINGS if setting.flag)
+    flags = {field: text for field, text in given if text is not None}
+    return load(os.environ, env_file=env_file, toml_file=args.config, flags=flags)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from gateway.config import ConfigError
+    from gateway.config.check import effective_data, effective_text, problems_data, problems_text
+
+    try:
+        config = _load(args)
+    except ConfigError as error:
+        if args.json:
+            print(json.dumps(problems_data(error.problems), indent=2, ensure_ascii=False))
+        else:
+            print(problems_text(error.problems), file=sys.stderr)
+        return WRONG
+    if args.json:
+        print(json.dumps(effective_data(config), indent=2, ensure_ascii=False))
+    else:
+        print(effective_text(config))
+    return OK
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from gateway.config import ConfigError
+    from gateway.config.check import problems_text, warnings_text
+    from gateway.identity.keys import KeyFileError, KeyRing
+
+    try:
+        config = _load(args)
+    except ConfigError as error:
+        print(problems_text(error.problems), file=sys.stderr)
+        return WRONG
+    if config.warnings:
+        print(warnings_text(config.warnings), file=sys.stderr)
+    try:
+        keyring = KeyRing.open(config.data_dir, config.api_keys)
+    except KeyFileError as error:
+        return _failed(str(error))
+    except OSError as error:
+        return _failed(f"the data directory {config.data_dir} cannot be used: {_reason(error)}")
+
+    from gateway.server import serve
+
+    try:
+        return serve(config, keyring, announce=_announce)
+    except KeyFileError as error:
+        return _failed(str(error))
+    except OSError as error:
+        return _failed(_reason(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _announce(text: str) -> None:
+    print(text, flush=True)
+
+
+def _failed(message: str) -> int:
+    print(f"llm-gateway: {message}", file=sys.stderr)
+    return FAILED
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, in one line; asyncio's own text for a port in use names the address."""
+    if error.filename is not None:
+        return f"{error.strerror}: {error.filename}"
+    return error.strerror or str(error) or type(error).__name__
