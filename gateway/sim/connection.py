@@ -11,7 +11,7 @@ import socket
 import struct
 from collections import deque
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 import orjson
@@ -103,11 +103,10 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass of it
         self.number = self.server.opened(self)
         if self.server.faults.black_hole:
-            transport.pause_reading()
+            self.transport.pause_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
