@@ -46,9 +46,7 @@ class Job:
 
 def request_bytes(job: Job) -> bytes:
     """The whole HTTP request of `job`."""
-    body = answers.request(
-        job.prompt_bytes, tokens=job.tokens, interval_ms=job.interval_ms, stream=job.stream
-    )
+    body = answers.request(job.prompt_bytes, tokens=job.tokens, interval_ms=job.interval_ms, stream=job.stream)
     head = (
         f"POST {answers.PATH} HTTP/1.1\r\nHost: 127.0.0.1:{job.port}\r\nUser-Agent: bench\r\nAccept: */*\r\n"
         f"Authorization: Bearer {answers.KEY}\r\nContent-Type: application/json\r\n"

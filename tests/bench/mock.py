@@ -31,12 +31,8 @@ def _answer(status: bytes, body: bytes, content_type: bytes = _JSON) -> bytes:
 _COMPLETION = _answer(b"200 OK", answers.completion())
 _MODELS = _answer(b"200 OK", answers.models())
 _HEALTH = _answer(b"200 OK", b"", b"text/plain")
-_NOT_FOUND = _answer(
-    b"404 Not Found", b'{"error":{"message":"not found","type":"invalid_request_error","code":404}}'
-)
-_BAD = _answer(
-    b"400 Bad Request", b'{"error":{"message":"no mock-NxMS in user","type":"BadRequestError","code":400}}'
-)
+_NOT_FOUND = _answer(b"404 Not Found", b'{"error":{"message":"not found","type":"invalid_request_error","code":404}}')
+_BAD = _answer(b"400 Bad Request", b'{"error":{"message":"no mock-NxMS in user","type":"BadRequestError","code":400}}')
 
 
 @lru_cache(maxsize=64)
@@ -145,9 +141,7 @@ class Runtime(asyncio.BufferedProtocol):
 
     def schedule(self) -> None:
         if self.interval_s:
-            self.due += (
-                self.interval_s
-            )  # from the start of the stream, so that a late event does not delay the rest
+            self.due += self.interval_s  # from the start of the stream, so that a late event does not delay the rest
             self.timer = self.loop.call_at(self.due, self.tick)
         elif not self.paused:
             self.timer = self.loop.call_soon(self.tick)

@@ -101,9 +101,7 @@ def measure(job: Job) -> dict[str, object]:
     if lost:
         errors["unfinished"] += lost
     after = [machine.cpu_s(job.contestant), machine.cpu_s(job.mock), time.process_time()]
-    spent = dict(
-        zip(("contestant", "mock", "load"), (b - a for a, b in zip(cpu, after, strict=True)), strict=True)
-    )
+    spent = dict(zip(("contestant", "mock", "load"), (b - a for a, b in zip(cpu, after, strict=True)), strict=True))
     window = {
         "s": time.perf_counter() - started_at,
         "exchanges": float(len(latencies)),
