@@ -73,7 +73,7 @@ class Ollama:
         self._registries = registries
         self._hold_s = hold_s
 
-    async def list(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def list_models(self, request: web.BaseRequest) -> web.StreamResponse:
         """Ollama's `/api/tags` as it is: `{"models": [{"name", "size", "digest", "details", …}]}`.
 
         404 if Ollama is not configured, 502 or 504 with the reason if it does not answer.
@@ -146,14 +146,13 @@ class Ollama:
     async def _opening(self, lines: _Lines, model: str) -> list[bytes]:
         """The first line, and the second if it comes within the hold time."""
         ready = [await lines.next()]
+        if not ready[0]:
+            raise UpstreamBroken("Ollama ended the pull without a word")
         _raise_if_failed(ready[0], model)
         try:
             async with asyncio.timeout(self._hold_s):
                 ready.append(await lines.next())
         except TimeoutError:
-            return ready
-        except UpstreamError:
-            # Cut after its first line: the client gets that line, and the cut as the next one.
             return ready
         _raise_if_failed(ready[1], model)
         return ready
