@@ -171,7 +171,7 @@ class Replay:
         return b"connection: close" not in recording.head.lower()
 
     async def _watch(self, reader: asyncio.StreamReader) -> None:
-        """Notice that the peer leaves while it is owed bytes. Peers here never pipeline, so there is nothing to read."""
+        """Notice that the peer leaves while it is owed bytes. Peers here never pipeline: nothing else can come."""
         try:
             if not await reader.read(1):
                 self.peer_left.set()
