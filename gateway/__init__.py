@@ -1,0 +1,3 @@
+"""Local LLM Gateway."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,109 @@
+"""What the gateway says itself: JSON and error answers, and the status lines of relayed ones.
+
+Answers are written to the client's transport as bytes; aiohttp's response objects are used for nothing on this
+server. So every answer says HTTP/1.1, names no version of any software, and costs one write.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, Final
+
+import orjson
+from aiohttp import web
+from aiohttp.http import HttpVersion11
+
+from gateway.errors import GatewayError, render
+from gateway.exchange import Exchange
+
+STATUS_LINES: Final[dict[int, bytes]] = {
+    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
+}
+_FIXED: Final = b"Server: llm-gateway\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+
+#: Where a request keeps its Exchange.
+EXCHANGE: Final = web.RequestKey("exchange", Exchange)
+
+Headers = tuple[tuple[str, str], ...]
+
+
+class Sent(web.StreamResponse):
+    """A response whose bytes are already with the client's transport.
+
+    aiohttp's server asks it for nothing but whether the connection lives on.
+    """
+
+    def __init__(self, status: int, *, keep_alive: bool) -> None:
+        super().__init__(status=status)
+        self._keep_alive = keep_alive
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        return None
+
+
+#: For relayed answers, whose status the Exchange knows: shared, since a Sent carries no state of its request.
+SENT_KEEP: Final = Sent(200, keep_alive=True)
+SENT_CLOSE: Final = Sent(200, keep_alive=False)
+
+
+def status_line(status: int) -> bytes:
+    line = STATUS_LINES.get(status)
+    return line if line is not None else b"HTTP/1.1 %d \r\n" % status
+
+
+def connection_line(request: web.BaseRequest, keep_alive: bool) -> bytes:
+    """The Connection header a client of this HTTP version must be told, if any."""
+    if request.version >= HttpVersion11:
+        return b"" if keep_alive else b"Connection: close\r\n"
+    return b"Connection: keep-alive\r\n" if keep_alive else b""
+
+
+def send(
+    request: web.BaseRequest,
+    body: bytes,
+    status: int = 200,
+    headers: Headers = (),
+    content_type: str = "application/json",
+    *,
+    close: bool = False,
+) -> Sent:
+    """Write a whole answer. `headers` are trusted: ours or from configuration, never a client's."""
+    keep_alive = bool(request.keep_alive) and not close
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    head = b"%b%bContent-Type: %b\r\n%b%bContent-Length: %d\r\n\r\n" % (
+        status_line(status),
+        _FIXED,
+        content_type.encode(),
+        lines.encode("latin-1"),
+        connection_line(request, keep_alive),
+        len(body),
+    )
+    transport = request.transport
+    if transport is not None:
+        transport.write(head if request.method == "HEAD" else head + body)
+    return Sent(status, keep_alive=keep_alive)
+
+
+def send_json(request: web.BaseRequest, document: Any, status: int = 200, headers: Headers = ()) -> Sent:
+    return send(request, orjson.dumps(document), status, headers)
+
+
+def send_error(
+    request: web.BaseRequest, error: GatewayError, exchange: Exchange | None, *, close: bool = False
+) -> Sent:
+    """The error in the client's API family, with what a client needs to act on it."""
+    headers = list(error.headers)
+    if error.retry_after_s is not None:
+        headers.append(("Retry-After", str(max(1, round(error.retry_after_s)))))
+    if error.status == 401:
+        headers.append(("WWW-Authenticate", "Bearer"))
+    if exchange is None:
+        return send(request, render(error), error.status, tuple(headers), close=close)
+    headers.append(("X-Request-Id", exchange.id))
+    headers.extend(exchange.headers)
+    body = render(error, exchange.family, exchange.id)
+    exchange.response_bytes = len(body)
+    return send(request, body, error.status, tuple(headers), close=close)

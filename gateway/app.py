@@ -1,0 +1,178 @@
+"""The composition root: makes every room and joins them. The only module that knows them all."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping
+from time import monotonic
+from typing import Final
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry
+
+from gateway.answer import EXCHANGE
+from gateway.catalog import Catalog
+from gateway.config import Config
+from gateway.errors import MethodNotAllowed, NotFound
+from gateway.exchange import Exchange
+from gateway.handlers import local, openai
+from gateway.handlers.dispatch import Dispatcher
+from gateway.handlers.ollama import Ollama
+from gateway.handlers.providers import Providers
+from gateway.handlers.proxy import Proxy
+from gateway.handlers.relay import settle_usage
+from gateway.handlers.resolve import BodyLimits
+from gateway.handlers.system import Exposition, Live, Ready
+from gateway.identity.keys import KeyRing
+from gateway.ledger.record import Recent, record
+from gateway.log import RequestLog
+from gateway.metrics import Level, Metrics
+from gateway.upstreams.control import Control
+from gateway.upstreams.health import Prober
+from gateway.upstreams.transport import Transport
+from gateway.upstreams.upstream import Upstream
+from middleware import Handler, compose, stack
+
+_log = logging.getLogger("gateway")
+
+LAG_EVERY_S: Final = 0.25
+#: answered without a key
+OPEN_PATHS: Final = frozenset({"/livez"})
+
+Routes = Mapping[str, Mapping[str, Handler]]
+
+
+class App:
+    """The gateway without its listeners. `handle` and `handle_metrics` are what the two listeners serve."""
+
+    def __init__(self, config: Config, keys: KeyRing) -> None:
+        self.config = config
+        self.catalog = Catalog(config.providers)
+        self.metrics = Metrics(CollectorRegistry(), lambda: self.catalog.upstreams)
+        self.recent = Recent()
+        self.log = RequestLog() if config.access_log else None
+        if self.log is not None:
+            self.metrics.log_dropped = self.log.lost
+        self.transport = Transport(config.upstream_idle_s)
+        self.control = Control()
+        self.prober = Prober(self.control, lambda: self.catalog.upstreams, self._changed)
+        self.draining = False
+        self.dispatcher = Dispatcher(self.transport)
+        self.metrics.retries = lambda: self.dispatcher.retries
+        self._lag_timer: asyncio.TimerHandle | None = None
+        routes = self._routes()
+        self.handle = compose(stack(routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight), Router(routes))
+        # Loopback and open: a scrape is no use of the product, so it is not counted, and Prometheus holds no key.
+        system = self._metrics_routes()
+        self.handle_metrics = compose(stack(system, system, keys, lambda exchange: None, Level()), Router(system))
+
+    def _routes(self) -> Routes:
+        config = self.config
+        limits = BodyLimits(config.max_body_bytes, config.body_timeout_s, config.min_body_rate)
+        ollama = Ollama(self.control, self._ollama(), enable_pull=config.enable_pull)
+        routes: dict[str, dict[str, Handler]] = {
+            "/livez": _get(Live()),
+            "/readyz": _get(Ready(self._unready)),
+            "/metrics": _get(Exposition(self.metrics)),
+            "/v1/models": _get(openai.Models(self.catalog)),
+            "/api/local-llm/providers": _get(Providers(self.catalog, self.control)),
+            "/api/local-llm/ollama/list": _get(ollama.list_models),
+            "/api/local-llm/ollama/pull": {"POST": ollama.pull},
+            "/api/local-llm/ollama/delete": {"POST": ollama.delete},
+        }
+        for path in ("/health", "/health/liveliness", "/ping"):  # where peers answer, for what probes them
+            routes[path] = routes["/livez"]
+        routes["/health/readiness"] = routes["/readyz"]
+        for path, surface in {**openai.SURFACES, **local.SURFACES}.items():
+            reject = config.tools_unsupported == "reject"
+            routes[path] = {"POST": Proxy(surface, self.catalog, self.dispatcher, limits, reject_tools=reject)}
+        return routes
+
+    def _metrics_routes(self) -> Routes:
+        return {
+            "/metrics": _get(Exposition(self.metrics)),
+            "/livez": _get(Live()),
+            "/readyz": _get(Ready(self._unready)),
+        }
+
+    def _ollama(self) -> Upstream | None:
+        """The Ollama whose models are managed: the one of OLLAMA_BASE_URL."""
+        if self.config.ollama_base_url is None:
+            return None
+        return next((one for one in self.catalog.upstreams if one.provider == "ollama"), None)
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open the control session, hear what the upstreams serve, and begin to measure. Needs the running loop."""
+        self.transport.start()
+        await self.control.start()
+        await self.prober.probe_due()
+        self.catalog.rebuild()
+        self.prober.start()
+        self._lag()
+
+    async def stop(self) -> None:
+        if self._lag_timer is not None:
+            self._lag_timer.cancel()
+        await self.prober.stop()
+        await self.control.close()
+        self.transport.close()
+        if self.log is not None:
+            self.log.flush()
+
+    def in_flight(self) -> int:
+        """Requests being answered now."""
+        return self.metrics.in_flight.value
+
+    def malformed(self, status: int) -> None:
+        """Count an answer to bytes that never became a request."""
+        key = ("-", status)
+        self.metrics.requests[key] = self.metrics.requests.get(key, 0) + 1
+
+    def _changed(self, upstream: Upstream) -> None:
+        _log.info("upstream %s is %s: %s", upstream.name, upstream.health.status, upstream.health.reason)
+        self.catalog.rebuild()
+
+    def _unready(self) -> list[str]:
+        return ["the gateway is shutting down"] if self.draining else []
+
+    def _lag(self, due_at: float = 0.0) -> None:
+        """Measure how late the loop runs its timers."""
+        now = monotonic()
+        if due_at:
+            self.metrics.loop_lag.observe(max(0.0, now - due_at))
+        self._lag_timer = asyncio.get_running_loop().call_later(LAG_EVERY_S, self._lag, now + LAG_EVERY_S)
+
+    # -- the end of each request --------------------------------------------------------------------------------
+
+    def _settle(self, exchange: Exchange) -> None:
+        """Synchronous, once for each request, whatever became of it."""
+        settle_usage(exchange)
+        self.metrics.settle(exchange)
+        one = record(exchange)
+        self.recent.post(one)
+        if self.log is not None:
+            self.log.post(one)
+
+
+class Router:
+    """The innermost handler: exact paths, then methods; everything else does not exist."""
+
+    def __init__(self, routes: Routes) -> None:
+        self._routes = routes
+
+    def __call__(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        methods = self._routes.get(request[EXCHANGE].path)
+        if methods is None:
+            raise NotFound("there is nothing at this path", code="unknown_path")
+        handler = methods.get(request.method)
+        if handler is None:
+            allowed = ", ".join(sorted(methods))
+            raise MethodNotAllowed(f"use {allowed} here", headers=(("Allow", allowed),))
+        return handler(request)
+
+
+def _get(handler: Handler) -> dict[str, Handler]:
+    return {"GET": handler, "HEAD": handler}

@@ -1,0 +1,148 @@
+"""What can be asked for: providers, models and aliases, compiled into a route table that is swapped whole.
+
+`Catalog` owns the live Upstream objects, which outlive every table; `rebuild` makes a new `Table` from the
+configuration and from what the upstreams said they serve. A model that several upstreams offer is one pool.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from gateway.config import Model, Provider
+from gateway.runtimes import RUNTIMES, Runtime
+from gateway.upstreams.upstream import Upstream
+
+_NEAR = 3
+
+
+class Offer:
+    """A model at one upstream: what is asked of whom. `heads` caches request heads by operation."""
+
+    __slots__ = ("heads", "model", "upstream")
+
+    def __init__(self, model: Model, upstream: Upstream) -> None:
+        self.model = model
+        self.upstream = upstream
+        self.heads: dict[str, bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"<Offer {self.model.name} at {self.upstream.name}>"
+
+
+class Listed:
+    """A provider as it stands now: configured or discovered models, and its addresses."""
+
+    __slots__ = ("hint", "models", "name", "runtime", "upstreams")
+
+    def __init__(
+        self,
+        name: str,
+        runtime: Runtime,
+        models: tuple[Model, ...],
+        upstreams: tuple[Upstream, ...],
+        hint: str = "",
+    ) -> None:
+        self.name = name
+        self.runtime = runtime
+        self.models = models
+        self.upstreams = upstreams
+        self.hint = hint
+
+
+class Table:
+    """Immutable: `pools` maps every name a client may use to the offers behind it."""
+
+    __slots__ = ("by_provider", "pools", "providers")
+
+    def __init__(self, providers: Iterable[Listed], discovered: dict[str, frozenset[str]]) -> None:
+        self.providers = tuple(providers)
+        pools: dict[str, list[Offer]] = {}
+        self.by_provider: dict[str, dict[str, tuple[Offer, ...]]] = {}
+        for provider in self.providers:
+            own: dict[str, list[Offer]] = {}
+            for model in provider.models:
+                for upstream in provider.upstreams:
+                    said = discovered.get(upstream.name)
+                    if said is not None and model.name not in said:
+                        continue  # one host of a discovered provider does not have it
+                    offer = Offer(model, upstream)
+                    for name in (model.name, *model.aliases):
+                        own.setdefault(name, []).append(offer)
+                        pools.setdefault(name, []).append(offer)
+            self.by_provider[provider.name] = {name: tuple(offers) for name, offers in own.items()}
+        self.pools: dict[str, tuple[Offer, ...]] = {name: tuple(offers) for name, offers in pools.items()}
+
+    def near(self, name: str, provider: str | None = None) -> list[str]:
+        """Names that exist and look like `name`, best first."""
+        names = self.by_provider.get(provider, {}) if provider else self.pools
+        return difflib.get_close_matches(name[:200], list(names), n=_NEAR, cutoff=0.5)
+
+
+class Catalog:
+    """The providers of a configuration, and the current `table`."""
+
+    def __init__(self, providers: Iterable[Provider]) -> None:
+        self._providers = tuple(providers)
+        self._upstreams: dict[str, tuple[Upstream, ...]] = {}
+        for provider in self._providers:
+            runtime = RUNTIMES[provider.runtime or "openai"]
+            several = len(provider.base_urls) > 1
+            self._upstreams[provider.name] = tuple(
+                Upstream(
+                    f"{provider.name}@{urlsplit(url).netloc}" if several else provider.name,
+                    provider.name,
+                    runtime,
+                    url,
+                    api_key=provider.api_key.value,
+                    timeouts=provider.timeouts,
+                    weight=provider.weight,
+                )
+                for url in provider.base_urls
+            )
+        self.table = self._build()
+
+    @property
+    def upstreams(self) -> tuple[Upstream, ...]:
+        return tuple(upstream for upstreams in self._upstreams.values() for upstream in upstreams)
+
+    def rebuild(self) -> None:
+        """Compile a new table from what is known now, and swap it in."""
+        self.table = self._build()
+
+    def _build(self) -> Table:
+        listed = []
+        discovered: dict[str, frozenset[str]] = {}
+        for provider in self._providers:
+            upstreams = self._upstreams[provider.name]
+            runtime = upstreams[0].runtime
+            models = provider.models
+            hint = ""
+            if provider.discover:
+                models = _discovered(upstreams)
+                for upstream in upstreams:
+                    discovered[upstream.name] = frozenset(upstream.models)
+                if not models:
+                    hint = f"{provider.name!r} was asked for its models and has named none yet"
+            elif not models:
+                hint = (
+                    f"no models are configured for {provider.name!r}: list them under `models` of its entry "
+                    f"({provider.origin}), or leave `models` out to ask the server"
+                )
+            listed.append(Listed(provider.name, runtime, models, upstreams, hint))
+        return Table(listed, discovered)
+
+
+def _discovered(upstreams: tuple[Upstream, ...]) -> tuple[Model, ...]:
+    """The union of what the upstreams serve, in the order first heard."""
+    names = dict.fromkeys(name for upstream in upstreams for name in upstream.models)
+    return tuple(
+        Model(
+            name=name,
+            ui_name=name,
+            # Ollama lists names with their tag and also answers to the bare name.
+            aliases=(name.removesuffix(":latest"),) if name.endswith(":latest") else (),
+        )
+        for name in names
+    )

@@ -1,0 +1,172 @@
+"""The one error tree: what a client is told when the gateway itself must answer.
+
+Raise the class that names the fact; the errors middleware renders it once, in the shape of the API family the
+client speaks (`render`). Foreign errors (OSError, parser errors) are translated where they arise, never here.
+
+Bodies: OpenAI `{"error": {"message", "type", "param", "code"}}`; Ollama `{"error": "text"}`; Anthropic
+`{"type": "error", "error": {"type", "message"}, "request_id"}`. Shapes as the families' API references give them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import orjson
+
+Family = Literal["openai", "ollama", "anthropic"]
+
+
+class GatewayError(Exception):
+    """An answer the gateway makes itself.
+
+    `message` says what is wrong and what to do; it never repeats bytes of the request beyond names the client is
+    entitled to see. `retry_after_s` becomes `Retry-After` (whole seconds, at least 1).
+    """
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    #: who is to blame, for metrics and records: "client", "gateway" or "upstream"
+    blame = "gateway"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+        if status is not None:
+            self.status = status
+        self.retry_after_s = retry_after_s
+        self.headers = headers
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.status} {self.code}: {self.message}>"
+
+
+class BadRequest(GatewayError):
+    status, type, code, blame = 400, "invalid_request_error", "invalid_request", "client"
+
+
+class Unauthorized(GatewayError):
+    status, type, code, blame = 401, "authentication_error", "invalid_api_key", "client"
+
+
+class Forbidden(GatewayError):
+    status, type, code, blame = 403, "permission_error", "forbidden", "client"
+
+
+class NotFound(GatewayError):
+    status, type, code, blame = 404, "invalid_request_error", "not_found", "client"
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    status, type, code, blame = 405, "invalid_request_error", "method_not_allowed", "client"
+
+
+class RequestTimeout(GatewayError):
+    """The client sent its request too slowly (408)."""
+
+    status, type, code, blame = 408, "invalid_request_error", "request_timeout", "client"
+
+
+class BodyTooLarge(GatewayError):
+    status, type, code, blame = 413, "invalid_request_error", "request_too_large", "client"
+
+
+class UnsupportedMedia(GatewayError):
+    status, type, code, blame = 415, "invalid_request_error", "unsupported_content_encoding", "client"
+
+
+class VersionNotSupported(GatewayError):
+    status, type, code, blame = 505, "invalid_request_error", "http_version_not_supported", "client"
+
+
+class UpstreamError(GatewayError):
+    """The runtime behind the gateway failed; `sent` tells whether it may have seen the request."""
+
+    status, type, code, blame = 502, "upstream_error", "upstream_error", "upstream"
+    sent = True
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No connection could be made: nothing was sent, so another upstream may be tried."""
+
+    code = "upstream_unreachable"
+    sent = False
+
+
+class UpstreamBroken(UpstreamError):
+    """Sent, but the answer did not come, was cut, or was not HTTP."""
+
+    code = "upstream_broken"
+
+
+class UpstreamTimeout(UpstreamError):
+    status, code = 504, "upstream_timeout"
+
+
+class NoCapacity(GatewayError):
+    """503: no upstream can take the request now (429 is reserved for the client's own limits)."""
+
+    status, type, code = 503, "overloaded_error", "no_capacity"
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    529: "overloaded_error",
+}
+
+
+def render(error: GatewayError, family: Family = "openai", request_id: str = "") -> bytes:
+    """The JSON body of `error` in the client's API family, without a trailing newline."""
+    if family == "ollama":
+        return orjson.dumps({"error": error.message})
+    if family == "anthropic":
+        kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+        return orjson.dumps(
+            {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+        )
+    return orjson.dumps(
+        {
+            "error": {
+                "message": error.message,
+                "type": error.type,
+                "param": error.param,
+                "code": error.code,
+            }
+        }
+    )
+
+
+def render_event(error: GatewayError, family: Family = "openai", request_id: str = "") -> bytes:
+    """The error as the last event of a stream that has begun: an SSE event, or one NDJSON line for Ollama.
+
+    Never followed by `[DONE]`: a client must not take a broken answer for a finished one.
+    """
+    body = render(error, family, request_id)
+    if family == "ollama":
+        return body + b"\n"
+    if family == "anthropic":
+        return b"event: error\ndata: " + body + b"\n\n"
+    return b"data: " + body + b"\n\n"

@@ -1,0 +1,94 @@
+"""Exchange: the one record a request carries from its first byte to the ledger.
+
+Created by the metrics middleware, filled in by each room on the way, read once by `settle`. Times ending in `_at`
+are monotonic seconds (`loop.time()`); `began_unix_s` is wall time, for the record only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from gateway.errors import Family, GatewayError
+from gateway.wire.usage import Usage
+
+if TYPE_CHECKING:  # the record names these, and imports none of them
+    from gateway.wire.body import Body
+    from gateway.wire.usage import Meter
+
+#: What became of the request. "ok": the upstream's answer reached the client whole (4xx of the upstream included).
+#: "client_gone": recorded as status 499. "partial": the answer had begun and was cut.
+Outcome = Literal["ok", "refused", "upstream_error", "client_gone", "partial", "internal_error"]
+
+
+class Exchange:
+    """One request's facts. Slots only: one is made for each request, on the hot path."""
+
+    __slots__ = (
+        "attempts",
+        "began_at",
+        "began_unix_s",
+        "body",
+        "committed",
+        "ended_at",
+        "error",
+        "family",
+        "first_byte_at",
+        "headers",
+        "id",
+        "key",
+        "meter",
+        "method",
+        "model",
+        "model_asked",
+        "operation",
+        "outcome",
+        "path",
+        "principal",
+        "provider",
+        "remote",
+        "request_bytes",
+        "response_bytes",
+        "route",
+        "status",
+        "stream",
+        "upstream",
+        "upstream_s",
+        "usage",
+    )
+
+    def __init__(self, id: str, method: str, path: str, began_at: float, began_unix_s: float) -> None:
+        self.id = id
+        self.method = method
+        self.path = path
+        self.began_at = began_at
+        self.began_unix_s = began_unix_s
+        self.ended_at = 0.0
+        self.first_byte_at = 0.0  # first byte of the upstream's body
+        self.upstream_s = 0.0  # time spent waiting for the upstream: connect to its last byte
+        #: route template, e.g. "/v1/chat/completions"; "-" for a path that no route has (bounds the labels)
+        self.route = "-"
+        self.operation = ""  # gen_ai operation: "chat", "text_completion", "embeddings"; "" for the rest
+        self.family: Family = "openai"
+        self.principal: Any = None  # gateway.identity.principals.Principal, once known
+        self.key = ""  # public name of the key
+        self.body: Body | None = None
+        self.model_asked = ""  # as the client wrote it; never a metric label
+        self.model = ""  # catalog name after aliases; bounded
+        self.provider = ""
+        self.upstream = ""  # public name of the upstream address
+        self.stream = False
+        self.attempts = 0
+        self.committed = False  # bytes of an answer went to the client: no error can be rendered any more
+        self.meter: Meter | None = None
+        self.usage: Usage | None = None
+        self.status = 0
+        self.outcome: Outcome = "ok"
+        self.error: GatewayError | None = None
+        self.headers: list[tuple[str, str]] = []  # extra headers for the client's answer
+        self.remote = ""
+        self.request_bytes = 0
+        self.response_bytes = 0
+
+    def __repr__(self) -> str:
+        where = f" -> {self.provider}/{self.model}" if self.model else ""
+        return f"<Exchange {self.id} {self.method} {self.route}{where} {self.status or '…'} {self.outcome}>"

@@ -1,0 +1,43 @@
+"""The OpenAI surface: `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`, `/v1/models`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aiohttp import web
+
+from gateway.answer import EXCHANGE, send_json
+from gateway.catalog import Catalog
+from gateway.handlers.proxy import Surface
+
+SURFACES: Final = {
+    "/v1/chat/completions": Surface("chat", "chat", needs="messages"),
+    "/v1/completions": Surface("completions", "text_completion", needs="prompt"),
+    "/v1/embeddings": Surface("embeddings", "embeddings", needs="input"),
+}
+
+
+class Models:
+    """`GET /v1/models`: what this key may ask for, aliases included, in OpenAI's list shape."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        principal = request[EXCHANGE].principal
+        data = []
+        for name, offers in self._catalog.table.pools.items():
+            allowed = [one for one in offers if principal is None or principal.may_use(one.model.name)]
+            if not allowed:
+                continue
+            model = allowed[0].model
+            entry = {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": allowed[0].upstream.provider,
+            }
+            if model.context_window is not None:
+                entry["max_model_len"] = model.context_window
+            data.append(entry)
+        return send_json(request, {"object": "list", "data": data})

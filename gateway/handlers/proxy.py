@@ -1,0 +1,62 @@
+"""Proxy: the handler of every route that reaches a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from gateway.answer import EXCHANGE
+from gateway.catalog import Catalog
+from gateway.errors import Family
+from gateway.handlers.dispatch import Dispatcher
+from gateway.handlers.relay import relay
+from gateway.handlers.resolve import BodyLimits, read_body, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """One way in: how its requests are read, and what an upstream is asked for them.
+
+    `operation` names the path in a runtime's allow-list, `native` one that is preferred where the runtime has it
+    (Ollama's own chat). `needs` is the field a request cannot do without. `stream` forces the answer's form; None
+    leaves it to the client. `local`: the body may name a `provider`, which no upstream sees.
+    """
+
+    operation: str
+    name: str  # gen_ai operation name, for metrics
+    needs: str
+    family: Family = "openai"
+    native: str = ""
+    stream: bool | None = None
+    local: bool = False
+
+
+class Proxy:
+    """resolve, dispatch, relay."""
+
+    def __init__(
+        self,
+        surface: Surface,
+        catalog: Catalog,
+        dispatcher: Dispatcher,
+        limits: BodyLimits,
+        *,
+        reject_tools: bool = False,
+    ) -> None:
+        self._surface = surface
+        self._catalog = catalog
+        self._dispatcher = dispatcher
+        self._limits = limits
+        self._reject_tools = reject_tools
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        exchange = request[EXCHANGE]
+        surface = self._surface
+        exchange.family = surface.family
+        exchange.operation = surface.name
+        raw = await read_body(request, self._limits)
+        exchange.request_bytes = len(raw)
+        plan = resolve(exchange, request, raw, surface, self._catalog.table, reject_tools=self._reject_tools)
+        async with self._dispatcher.dispatch(exchange, plan) as reply:
+            return await relay(request, exchange, reply, plan.strip_usage)

@@ -1,0 +1,192 @@
+"""relay: the commit point. The answer's bytes go to the client, through the meter, and nothing is sent twice.
+
+The bytes are written to the client's transport right where they were read from the upstream. A body that came whole
+is one write with its head. A stream is a chunk for each read; backpressure of the client stops the reading of the
+upstream; the upstream's failure becomes the API family's error event, never something that looks like an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import TYPE_CHECKING, Final, cast
+
+from aiohttp import web
+from aiohttp.http import HttpVersion11
+
+from gateway.answer import SENT_CLOSE, SENT_KEEP, connection_line, status_line
+from gateway.errors import UpstreamBroken, UpstreamError, render_event
+from gateway.exchange import Exchange
+from gateway.upstreams.transport import Reply
+from gateway.wire.headers import response_headers
+from gateway.wire.usage import Meter, new_meter
+
+if TYPE_CHECKING:
+    from gateway.server import ClientProtocol
+
+_LAST_CHUNK: Final = b"0\r\n\r\n"
+_COMMENT: Final = ord(":")
+#: A prompt's tokens when nobody counted them: English text and JSON run at about four bytes a token.
+_BYTES_PER_TOKEN: Final = 4
+
+
+async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool) -> web.StreamResponse:
+    """Send the reply to the client. Raises only while nothing has been sent, or when the client has gone."""
+    fields = response_headers(reply.headers)  # raises UpstreamBroken for what must not pass
+    meter = exchange.meter = new_meter(reply.content_type, strip_usage)
+    exchange.status = reply.status
+    if reply.status >= 500:
+        exchange.outcome = "upstream_error"
+    if reply.complete:
+        sent = _whole(request, exchange, reply, meter, fields)
+    else:
+        sent = await _streamed(request, exchange, reply, meter, fields)
+    return sent
+
+
+def settle_usage(exchange: Exchange) -> None:
+    """Take the meter's final word, or its estimate. Nothing was used where no model was reached."""
+    meter = exchange.meter
+    if meter is not None and exchange.status < 400:
+        exchange.usage = meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
+
+
+def _whole(
+    request: web.BaseRequest, exchange: Exchange, reply: Reply, meter: Meter, fields: bytes
+) -> web.StreamResponse:
+    """The answer is here in full: one write."""
+    data = reply.body()
+    now = reply.first_byte_at
+    if data:
+        data = meter.feed(data, now)
+    data += meter.finish()
+    if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
+        error = _unfinished(exchange)
+        data += render_event(error, exchange.family, exchange.id)
+        exchange.error = error
+        exchange.outcome = "partial"
+    elif meter.error is not None:
+        _note_error(exchange, meter)
+    keep_alive = _keep_alive(request)
+    head = _head(exchange, reply.status, fields, keep_alive, request, b"Content-Length: %d\r\n" % len(data))
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise asyncio.CancelledError
+    exchange.committed = True
+    if len(data) < 65536:
+        transport.write(head + data)
+    else:
+        transport.writelines((head, data))
+    exchange.response_bytes = len(data)
+    return SENT_KEEP if keep_alive else SENT_CLOSE
+
+
+async def _streamed(
+    request: web.BaseRequest, exchange: Exchange, reply: Reply, meter: Meter, fields: bytes
+) -> web.StreamResponse:
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        raise asyncio.CancelledError
+    client = cast("ClientProtocol", request.protocol)
+    keep_alive = _keep_alive(request)
+    # The upstream's length holds only if nothing will be taken out; a meter that strips needs chunks.
+    length = None if reply.streaming else reply.content_length
+    chunked = length is None and request.version >= HttpVersion11
+    if length is not None:
+        framing = b"Content-Length: %d\r\n" % length
+    elif chunked:
+        framing = b"Transfer-Encoding: chunked\r\n"
+    else:
+        framing = b""
+        keep_alive = False
+    exchange.committed = True
+    transport.write(_head(exchange, reply.status, fields, keep_alive, request, framing))
+
+    feed = meter.feed
+    write = transport.write
+    closing = transport.is_closing
+    sent_bytes = 0
+
+    def sink(data: bytes) -> None:
+        nonlocal sent_bytes
+        now = monotonic()
+        if data[0] != _COMMENT:  # a runtime's keep-alive comment is no sign of life of its model
+            reply.progress(now)
+        data = feed(data, now)
+        if not data or closing():
+            return
+        sent_bytes += len(data)
+        if chunked:
+            write(b"%x\r\n%b\r\n" % (len(data), data))
+        else:
+            write(data)
+        if client.writing_paused:
+            reply.pause()
+
+    client.on_resume = reply.resume
+    try:
+        reply.attach(sink)
+        await reply.ended()
+        tail = meter.finish()
+        if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
+            raise _unfinished(exchange)
+    except UpstreamError as error:
+        exchange.error = error
+        exchange.outcome = "partial"
+        if not reply.streaming:
+            transport.abort()  # half a JSON document has no place for an error: nobody may take it for whole
+            return SENT_CLOSE
+        event = render_event(error, exchange.family, exchange.id)
+        if chunked:
+            transport.writelines((b"%x\r\n" % len(event), event, b"\r\n", _LAST_CHUNK))
+        else:
+            transport.write(event)
+        return SENT_CLOSE
+    finally:
+        client.on_resume = None
+        exchange.response_bytes = sent_bytes
+    if meter.error is not None:
+        _note_error(exchange, meter)
+    if tail:
+        exchange.response_bytes += len(tail)
+        if chunked:
+            transport.writelines((b"%x\r\n" % len(tail), tail, b"\r\n", _LAST_CHUNK))
+        else:
+            transport.write(tail)
+    elif chunked:
+        transport.write(_LAST_CHUNK)
+    return SENT_KEEP if keep_alive else SENT_CLOSE
+
+
+def _unfinished(exchange: Exchange) -> UpstreamBroken:
+    return UpstreamBroken(
+        f"provider {exchange.provider!r} ended its stream before the answer was finished", code="upstream_incomplete"
+    )
+
+
+def _note_error(exchange: Exchange, meter: Meter) -> None:
+    """The upstream reported its own failure inside a 200 stream; the client has been told in the same words."""
+    exchange.error = UpstreamError(
+        f"provider {exchange.provider!r} failed in the middle of its answer", code="upstream_stream_error"
+    )
+    exchange.outcome = "partial"
+
+
+def _keep_alive(request: web.BaseRequest) -> bool:
+    return bool(request.keep_alive)
+
+
+def _head(
+    exchange: Exchange, status: int, fields: bytes, keep_alive: bool, request: web.BaseRequest, framing: bytes
+) -> bytes:
+    extra = b""
+    if exchange.headers:
+        extra = b"".join([f"{name}: {value}\r\n".encode("latin-1") for name, value in exchange.headers])
+    return b"%b%bX-Request-Id: %b\r\n%b%b%b\r\n" % (
+        status_line(status),
+        fields,
+        exchange.id.encode(),
+        extra,
+        connection_line(request, keep_alive),
+        framing,
+    )

@@ -1,0 +1,189 @@
+"""resolve: read and understand a request, and decide what may be asked of whom. Decides without awaiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+from aiohttp.http import HttpVersion11
+
+from gateway.catalog import Offer, Table
+from gateway.errors import BadRequest, BodyTooLarge, Forbidden, ModelNotFound, NotFound, RequestTimeout
+from gateway.exchange import Exchange
+from gateway.wire.body import Body
+from gateway.wire.headers import request_headers
+
+if TYPE_CHECKING:
+    from gateway.handlers.proxy import Surface
+
+TOOL_FIELDS: Final = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
+#: A body's rate is judged only after this time, so that a slow start is no offence.
+RATE_GRACE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimits:
+    """`max_bytes` a body may have, `timeout_s` it may take, `min_rate` bytes per second it must keep up."""
+
+    max_bytes: int
+    timeout_s: float
+    min_rate: int
+
+
+class Plan:
+    """What to send, and to whom it may go. `offers` is never empty."""
+
+    __slots__ = ("body", "headers", "native", "offers", "operation", "remove", "replace", "strip_usage", "tools")
+
+    def __init__(self, body: Body, offers: tuple[Offer, ...], operation: str, native: str) -> None:
+        self.body = body
+        self.offers = offers
+        self.operation = operation
+        self.native = native
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.replace: dict[str, bytes] = {}
+        self.remove: tuple[str, ...] = ()
+        self.tools = False  # the request speaks of tools
+        self.strip_usage = False  # set by dispatch: we asked for a usage chunk that the client did not
+
+
+async def read_body(request: web.BaseRequest, limits: BodyLimits) -> bytes:
+    """The whole body, refused as early as can be told: 413 by its declared length, 408 if it comes too slowly."""
+    length = request.content_length
+    if length is not None and length > limits.max_bytes:
+        raise _too_large(limits)
+    payload = request.content
+    if payload.is_eof():
+        return payload.read_nowait(-1)  # it came with the head, as small bodies do
+    expect = request.headers.get("Expect")
+    if expect is not None and request.version >= HttpVersion11:
+        if expect.lower() != "100-continue":
+            raise BadRequest("the only expectation met here is `100-continue`", status=417)
+        if request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    pieces = []
+    size = 0
+    began_at = monotonic()
+    try:
+        async with asyncio.timeout(limits.timeout_s):
+            while not payload.at_eof():
+                async with asyncio.timeout(RATE_GRACE_S if limits.min_rate else None):
+                    piece = await payload.readany()
+                pieces.append(piece)
+                size += len(piece)
+                if size > limits.max_bytes:
+                    raise _too_large(limits)
+                spent_s = monotonic() - began_at
+                if spent_s > RATE_GRACE_S and size < limits.min_rate * spent_s:
+                    raise TimeoutError
+    except TimeoutError:
+        raise RequestTimeout(
+            f"the request body came too slowly: it must arrive within {limits.timeout_s:g} s and at "
+            f"{limits.min_rate} bytes per second or more"
+        ) from None
+    return b"".join(pieces)
+
+
+def _too_large(limits: BodyLimits) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than the {limits.max_bytes} bytes allowed here")
+
+
+def resolve(
+    exchange: Exchange,
+    request: web.BaseRequest,
+    raw: bytes,
+    surface: Surface,
+    table: Table,
+    *,
+    reject_tools: bool,
+) -> Plan:
+    """Understand the body and choose the offers it may go to. Raises the error that names what is wrong."""
+    body = exchange.body = Body.parse(raw)
+    provider = _provider(body, surface, table)
+    pools: Mapping[str, tuple[Offer, ...]] = table.pools if provider is None else table.by_provider[provider]
+    name = body.model
+    if not name:
+        raise BadRequest(f"`model` is missing: name the model to ask. {_offered(table, provider)}", param="model")
+    if not body.has(surface.needs):
+        raise BadRequest(f"`{surface.needs}` is missing from the request for {name!r:.200}", param=surface.needs)
+    exchange.model_asked = name
+    offers = pools.get(name)
+    if offers is None:
+        raise _unknown(name, provider, table)
+    principal = exchange.principal
+    if principal is not None and principal.models is not None:
+        offers = tuple(offer for offer in offers if principal.may_use(offer.model.name))
+        if not offers:
+            raise Forbidden(f"this key may not use {name!r}", param="model", code="model_not_allowed")
+    plan = Plan(body, offers, surface.operation, surface.native)
+    plan.headers = request_headers(request.raw_headers)
+    if surface.local and provider is not None:
+        plan.remove = ("provider",)
+    for field in TOOL_FIELDS:
+        if body.has(field):
+            plan.tools = True
+            _choose_for_tools(plan, name, reject_tools)
+            break
+    stream = surface.stream
+    if stream is None:
+        exchange.stream = bool(body.stream)
+    else:
+        exchange.stream = stream
+        if body.stream is not stream:
+            plan.replace["stream"] = b"true" if stream else b"false"
+        if not stream and body.has("stream_options"):
+            plan.remove = (*plan.remove, "stream_options")  # refused by vLLM where nothing is streamed
+    return plan
+
+
+def _choose_for_tools(plan: Plan, name: str, reject: bool) -> None:
+    able = tuple(offer for offer in plan.offers if offer.model.supports_tools)
+    if able:
+        plan.offers = able
+    elif reject:
+        raise BadRequest(
+            f"{name!r} does not support tools (`supportsTools` is false): send the request without `tools`",
+            param="tools",
+            code="tools_not_supported",
+        )
+
+
+def _provider(body: Body, surface: Surface, table: Table) -> str | None:
+    if not surface.local or not body.has("provider"):
+        return None
+    name = body.get("provider")
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise BadRequest("`provider` must be a string", param="provider")
+    if name not in table.by_provider:
+        known = ", ".join(repr(one) for one in sorted(table.by_provider)) or "none is configured"
+        raise NotFound(
+            f"there is no provider {name[:200]!r}; known: {known}", param="provider", code="provider_not_found"
+        )
+    return name
+
+
+def _offered(table: Table, provider: str | None) -> str:
+    names = table.by_provider[provider] if provider else table.pools
+    where = f"Provider {provider!r}" if provider else "This gateway"
+    if not names:
+        hints = [one.hint for one in table.providers if one.hint and provider in (None, one.name)]
+        return f"{where} offers no models: {'; '.join(hints) or 'no provider is configured (OPENAI_COMPATIBLE_DATA)'}"
+    shown = sorted(names)[:20]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"{where} offers: {', '.join(shown)}{more}"
+
+
+def _unknown(name: str, provider: str | None, table: Table) -> ModelNotFound:
+    near = table.near(name, provider)
+    if near:
+        tail = f"did you mean {' or '.join(repr(one) for one in near)}?"
+    else:
+        tail = _offered(table, provider)
+    where = f" at provider {provider!r}" if provider else ""
+    return ModelNotFound(f"the model {name[:200]!r} does not exist{where}; {tail}", param="model")

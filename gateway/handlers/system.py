@@ -1,0 +1,42 @@
+"""How the gateway itself is: `/livez`, `/readyz`, `/metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from aiohttp import web
+
+from gateway.answer import send, send_json
+from gateway.metrics import CONTENT_TYPE, Metrics
+
+
+class Live:
+    """200 as long as the process answers at all. Says nothing about upstreams: a restart would not mend them."""
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        return send_json(request, {"status": "ok"})
+
+
+class Ready:
+    """200 if requests should be sent here, else 503 with the reasons."""
+
+    def __init__(self, reasons: Callable[[], list[str]]) -> None:
+        self._reasons = reasons
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        reasons = self._reasons()
+        if reasons:
+            return send_json(request, {"status": "unavailable", "reasons": reasons}, 503)
+        return send_json(request, {"status": "ok"})
+
+
+class Exposition:
+    """The Prometheus text format. Rendered in a thread: many series take milliseconds that streams would feel."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        text = await asyncio.to_thread(self._metrics.exposition)
+        return send(request, text, content_type=CONTENT_TYPE)

@@ -1,0 +1,96 @@
+"""Record: the facts of one finished request, as they are kept and as they are logged."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import msgspec
+
+from gateway.exchange import Exchange
+
+
+class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
+    """One request. Times in seconds; `at` is Unix time when the request began. No prompt, no answer, no secret.
+
+    `status` is what the client was told, 499 where it had left. Token counts are what the upstream reported, or
+    counted from the answer's events, then `estimated` is true; null where the request never reached a model.
+    """
+
+    at: float
+    request_id: str
+    route: str
+    method: str
+    status: int
+    outcome: str
+    key: str
+    model: str
+    provider: str
+    upstream: str
+    stream: bool
+    attempts: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+    estimated: bool
+    ttft_s: float | None
+    tpot_s: float | None
+    duration_s: float
+    upstream_s: float
+    request_bytes: int
+    response_bytes: int
+    error: str | None
+
+
+def record(exchange: Exchange) -> Record:
+    """The exchange as it ended. Call it once `ended_at`, `status` and `usage` are final."""
+    usage = exchange.usage
+    meter = exchange.meter
+    first_at = last_at = 0.0
+    if meter is not None:
+        first_at = meter.first_content_at or exchange.first_byte_at
+        last_at = meter.last_content_at
+    between = None
+    if meter is not None and meter.events > 1:
+        between = round((last_at - first_at) / (meter.events - 1), 6)
+    return Record(
+        round(exchange.began_unix_s, 3),
+        exchange.id,
+        exchange.route,
+        exchange.method,
+        exchange.status,
+        exchange.outcome,
+        exchange.key,
+        exchange.model,
+        exchange.provider,
+        exchange.upstream,
+        exchange.stream,
+        exchange.attempts,
+        usage.prompt if usage is not None else None,
+        usage.completion if usage is not None else None,
+        usage.cached if usage is not None else None,
+        usage.reasoning if usage is not None else None,
+        usage.estimated if usage is not None else False,
+        round(first_at - exchange.began_at, 6) if first_at else None,
+        between,
+        round(exchange.ended_at - exchange.began_at, 6),
+        round(exchange.upstream_s, 6),
+        exchange.request_bytes,
+        exchange.response_bytes,
+        exchange.error.code if exchange.error is not None else None,
+    )
+
+
+class Recent:
+    """The newest records, oldest first; what falls out at the far end is gone."""
+
+    def __init__(self, size: int = 10_000) -> None:
+        self._records: deque[Record] = deque(maxlen=size)
+        self.post = self._records.append
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)

@@ -1,0 +1,77 @@
+"""Logging: one JSON line for each finished request, and plain operational messages through `logging`.
+
+Request lines are gathered and written at most every `FLUSH_S`, in one system call: under load a line then costs
+little more than its own JSON. Nothing here sees a prompt, an answer or a credential.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from typing import Final
+
+import msgspec
+
+from gateway.ledger.record import Record
+
+FLUSH_S: Final = 0.05
+MAX_HELD_BYTES: Final = 1024 * 1024
+
+
+class RequestLog:
+    """Writes records as JSON lines to a file descriptor (stderr by default)."""
+
+    def __init__(self, fd: int = 2) -> None:
+        self._fd = fd
+        self._lines: list[bytes] = []
+        self._held_bytes = 0
+        self._encode = msgspec.json.Encoder().encode
+        self._timer: asyncio.TimerHandle | None = None
+        self.dropped = 0  # lines given up because the reader of our output does not read
+
+    def post(self, record: Record) -> None:
+        line = self._encode(record)
+        if self._held_bytes > MAX_HELD_BYTES:
+            self.dropped += 1
+            return
+        self._lines.append(line)
+        self._held_bytes += len(line) + 1
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+
+    def lost(self) -> int:
+        """Lines given up so far."""
+        return self.dropped
+
+    def flush(self) -> None:
+        """Write what is held. A pipe that is full takes what it can; the rest waits for the next turn."""
+        self._timer = None
+        if not self._lines:
+            return
+        data = b"\n".join(self._lines) + b"\n"
+        self._lines.clear()
+        self._held_bytes = 0
+        try:
+            written = os.write(self._fd, data)
+        except BlockingIOError:
+            written = 0
+        except OSError:  # nobody can be told that the log is gone
+            self.dropped += data.count(b"\n")
+            return
+        if written < len(data):
+            self._lines.append(data[written:-1])
+            self._held_bytes = len(data) - written
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+
+
+def setup(level: str = "info") -> None:
+    """Send operational messages to stderr. Libraries may warn; they may not chat."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    logging.getLogger("gateway").setLevel(level.upper())

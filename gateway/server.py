@@ -1,0 +1,200 @@
+"""Listeners, signals and drain: runs an App until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from time import monotonic
+from typing import Any, Final
+
+import aiohttp
+from aiohttp import http_parser, web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestHandler
+
+from gateway import log
+from gateway.answer import send_error
+from gateway.app import App
+from gateway.config import Config, Listen
+from gateway.errors import BadRequest, GatewayError, VersionNotSupported
+from gateway.identity.keys import KeyRing
+from gateway.welcome import furnish, greeting
+
+_log = logging.getLogger("gateway.server")
+
+MIN_AIOHTTP: Final = (3, 14, 4)
+#: Work left after an error event was written: time for the bytes to leave before the sockets are closed.
+LAST_WORDS_S: Final = 0.5
+
+
+class ClientProtocol(RequestHandler):
+    """aiohttp's server side of one client connection, with two additions.
+
+    `on_resume` is called when the client reads again after its buffer was full. Errors that arise before a request
+    exists (the parser's) are answered in our own shape and show no byte of what was sent.
+    """
+
+    __slots__ = ("on_resume",)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.on_resume: Callable[[], None] | None = None
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_resume is not None:
+            self.on_resume()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        error: GatewayError
+        if not isinstance(exc, HttpProcessingError):
+            # Ours are rendered by the errors middleware; what reaches this is a fault outside every handler.
+            _log.error("a request failed outside its handler: %s", type(exc).__name__)
+            error = GatewayError("the gateway failed on this request")
+        elif "Invalid HTTP version" in (exc.message or ""):
+            error = VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are spoken here")
+        else:
+            error = BadRequest("this is not a valid HTTP request", code="malformed_http")
+        server = self._manager
+        if isinstance(server, GatewayServer):
+            server.malformed(error.status)
+        return send_error(request, error, None, close=True)
+
+
+class GatewayServer(web.Server):
+    """aiohttp's low-level server, making our protocol. `malformed` is told of requests that never became one."""
+
+    def __init__(self, handler: Any, malformed: Callable[[int], None], **kwargs: Any) -> None:
+        super().__init__(handler, **kwargs)
+        self.malformed = malformed
+
+    def __call__(self) -> ClientProtocol:
+        return ClientProtocol(self, loop=self._loop, **self._kwargs)
+
+
+def require_aiohttp() -> None:
+    """Refuse to start on an aiohttp that is known to be unsafe or slow. Raises RuntimeError."""
+    version = tuple(int(part) for part in aiohttp.__version__.split(".")[:3] if part.isdigit())
+    if version < MIN_AIOHTTP:
+        wanted = ".".join(map(str, MIN_AIOHTTP))
+        raise RuntimeError(f"aiohttp {aiohttp.__version__} is too old: {wanted} or newer is needed")
+    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
+        raise RuntimeError("aiohttp runs without its C parser: reinstall it from a binary wheel")
+
+
+class Listeners:
+    """The data listener and the metrics listener of an App."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._servers: list[tuple[GatewayServer, asyncio.Server]] = []
+        self.address: Listen | None = None
+        self.metrics_address: Listen | None = None
+
+    async def open(self) -> None:
+        """Listen. Raises OSError with the address in its text."""
+        config = self._app.config
+        self.address = await self._listen(config.listen, self._app.handle)
+        if config.metrics_listen is not None:
+            self.metrics_address = await self._listen(config.metrics_listen, self._app.handle_metrics)
+
+    async def _listen(self, listen: Listen, handler: Any) -> Listen:
+        server = GatewayServer(
+            handler,
+            self._app.malformed,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=self._app.config.keepalive_timeout_s,
+            lingering_time=2.0,
+        )
+        loop = asyncio.get_running_loop()
+        try:
+            listening = await loop.create_server(server, listen.host, listen.port, backlog=4096)
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {listen}: {error.strerror or error}") from error
+        self._servers.append((server, listening))
+        host, port = listening.sockets[0].getsockname()[:2]
+        return Listen(host, port)
+
+    def stop_accepting(self) -> None:
+        for _, listening in self._servers:
+            listening.close()
+
+    async def close(self) -> None:
+        self.stop_accepting()
+        for server, _ in self._servers:
+            server.pre_shutdown()
+            await server.shutdown(LAST_WORDS_S)
+
+
+async def run(app: App, stop: asyncio.Event, started: Callable[[Listeners], None]) -> None:
+    """Serve until `stop` is set, then drain: no new connections, running answers finish, up to `shutdown_s`."""
+    listeners = Listeners(app)
+    await app.start()
+    try:
+        await listeners.open()
+        started(listeners)
+        await stop.wait()
+        app.draining = True
+        listeners.stop_accepting()
+        deadline_at = monotonic() + app.config.shutdown_s
+        while app.in_flight() and monotonic() < deadline_at:
+            await asyncio.sleep(0.05)
+        if app.in_flight():
+            _log.warning("%d requests are cut at the end of the drain time", app.in_flight())
+            app.transport.close()  # each gets its family's error event
+            await asyncio.sleep(LAST_WORDS_S / 5)
+    finally:
+        await listeners.close()
+        await app.stop()
+
+
+def serve(config: Config, keys: KeyRing, announce: Callable[[str], None]) -> int:
+    """Run the gateway in this process until SIGTERM or SIGINT; gives the exit code.
+
+    `announce` is given what an operator should read. Raises OSError if an address cannot be listened on, and
+    RuntimeError if the installation is not fit to serve.
+    """
+    require_aiohttp()
+    log.setup(config.log_level)
+    _runner()(_serve(config, keys, announce))
+    return 0
+
+
+async def _serve(config: Config, keys: KeyRing, announce: Callable[[str], None]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):  # no signal handlers on this platform's loop
+            loop.add_signal_handler(number, stop.set)
+    async with AsyncExitStack() as stack:
+        furnished = await furnish(config, stack)
+        app = App(furnished.config, keys)
+
+        def started(listeners: Listeners) -> None:
+            assert listeners.address is not None
+            # Only now: a key that was made and never shown would lock its owner out.
+            key = keys.ensure_first_key()
+            announce(greeting(furnished, app.catalog, listeners.address, listeners.metrics_address, key))
+
+        await run(app, stop, started)
+
+
+def _runner() -> Callable[[Any], None]:
+    if sys.platform == "win32":
+        return asyncio.run
+    import uvloop
+
+    return uvloop.run

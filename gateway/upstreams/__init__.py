@@ -1,0 +1,8 @@
+"""Where answers come from: upstream addresses, pools of them, and the two ways of talking to them.
+
+- `upstream`   one address: place, runtime, health, load; the lease that counts a request on it
+- `transport`  the data plane: our pooled HTTP/1.1 client; prompts and answers move only here
+- `control`    the control plane: the one aiohttp ClientSession; probes, discovery, Ollama's model management
+
+May import runtimes, wire, errors and metrics. Upstream objects outlive the route table that names them.
+"""

@@ -1,0 +1,606 @@
+"""The data plane's upstream side: a pooled HTTP/1.1 client whose read callback is the relay.
+
+Bytes read from a runtime are parsed (httptools, the C parser under uvicorn) and handed to the reply's sink in the
+same callback: one read, one callback, one write to the client; no task wakes for an event. `Transport.send` gives a
+`Reply` once there is something to say: an unstreamed answer when it is whole, a stream when its first body byte is
+there, so that everything that fails earlier can still go to another upstream.
+
+Framing follows RFC 9112 section 6.3: chunked, Content-Length, or until close. A truncated answer raises
+`UpstreamBroken`; it never looks like an end. An idle connection that the runtime closed while we wrote to it is
+replaced once, and only if no byte of an answer had come.
+
+All deadlines of all replies are looked at by one timer every `SWEEP_S`, instead of a timer for each request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+
+from httptools import HttpParserError, HttpResponseParser
+
+from gateway.errors import UpstreamBroken, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.upstreams.upstream import Upstream
+
+SWEEP_S: Final = 0.05
+#: a stream is read this far ahead of a client before its sink is attached
+READ_AHEAD_BYTES: Final = 64 * 1024
+#: an unstreamed answer up to this size is gathered whole before anything is said to the client
+GATHER_BYTES: Final = 1024 * 1024
+MAX_HEAD_BYTES: Final = 64 * 1024
+_NEVER: Final = float("inf")
+_STREAM_TYPES: Final = (b"text/event-stream", b"application/x-ndjson")
+
+Sink = Callable[[bytes], None]
+
+
+class StaleConnection(Exception):
+    """A pooled connection turned out to be closed before any byte of the answer: safe to send again, once."""
+
+
+class Reply:
+    """One answer of an upstream, from the moment its request was written.
+
+    `headers` are the raw pairs as received. `content_length` is None where the framing is chunked or until close.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_buffered_bytes",
+        "_connection",
+        "_error",
+        "_idle_s",
+        "_paused",
+        "_sink",
+        "_total_at",
+        "_waiter",
+        "_waiting_for_end",
+        "complete",
+        "content_length",
+        "content_type",
+        "deadline_at",
+        "deadline_name",
+        "first_byte_at",
+        "head_complete",
+        "headers",
+        "received",
+        "sent_at",
+        "status",
+        "streaming",
+    )
+
+    def __init__(self, connection: Connection, sent_at: float) -> None:
+        timeouts = connection.upstream.timeouts
+        self._connection: Connection | None = connection
+        self.sent_at = sent_at
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.content_type = b""
+        self.content_length: int | None = None
+        self.streaming = False
+        self.head_complete = False
+        self.complete = False
+        self.received = False  # any byte of an answer
+        self.first_byte_at = 0.0
+        self._buffer: list[bytes] = []
+        self._buffered_bytes = 0
+        self._sink: Sink | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._waiting_for_end = False
+        self._error: UpstreamError | StaleConnection | None = None
+        self._paused = False
+        self._idle_s = timeouts.idle_s
+        self._total_at = _NEVER if timeouts.total_s is None else sent_at + timeouts.total_s
+        first_at = _NEVER if timeouts.first_byte_s is None else sent_at + timeouts.first_byte_s
+        self.deadline_at = min(first_at, self._total_at)
+        self.deadline_name = "first_byte" if first_at <= self._total_at else "total"
+
+    # -- what the relay does ------------------------------------------------------------------------------------
+
+    def body(self) -> bytes:
+        """The gathered body of a complete answer."""
+        return self._buffer[0] if len(self._buffer) == 1 else b"".join(self._buffer)
+
+    def attach(self, sink: Sink) -> None:
+        """From now on every piece of body goes straight to `sink`, what was buffered first."""
+        self._sink = sink
+        if self._buffer:
+            data = self.body()
+            self._buffer.clear()
+            self._buffered_bytes = 0
+            sink(data)
+        if not self.complete and self._paused and self._sink is not None:
+            self.resume()
+
+    def progress(self, now: float) -> None:
+        """The answer moved on: the idle deadline starts anew. Comment lines are no progress; the sink decides."""
+        idle_s = self._idle_s
+        if idle_s is None or now + idle_s >= self._total_at:
+            self.deadline_at = self._total_at
+            self.deadline_name = "total"
+        else:
+            self.deadline_at = now + idle_s
+            self.deadline_name = "idle"
+
+    def pause(self) -> None:
+        """Stop reading the upstream: the client does not keep up. It is not the upstream's idleness then."""
+        connection = self._connection
+        if connection is not None and not self._paused:
+            self._paused = True
+            self.deadline_at = self._total_at
+            self.deadline_name = "total"
+            connection.pause_reading()
+
+    def resume(self) -> None:
+        connection = self._connection
+        if connection is not None and self._paused:
+            self._paused = False
+            self.progress(monotonic())
+            connection.resume_reading()
+
+    async def ended(self) -> None:
+        """Wait for the end of the answer. Raises UpstreamBroken or UpstreamTimeout if it was cut."""
+        if not self.complete and self._error is None:
+            self._waiting_for_end = True
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Give the exchange up; the upstream sees its connection closed at once, unless the answer was complete."""
+        connection, self._connection = self._connection, None
+        self._sink = None
+        if connection is not None:
+            connection.abort()
+
+    # -- what the connection does -------------------------------------------------------------------------------
+
+    async def ready(self) -> None:
+        """Wait until the client could be answered; see the module's docstring for when that is."""
+        if not self._is_ready() and self._error is None:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+
+    def _is_ready(self) -> bool:
+        if self.complete:
+            return True
+        if self.streaming:
+            return self._buffered_bytes > 0
+        return self._buffered_bytes >= GATHER_BYTES
+
+    async def _wait(self) -> None:
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def take(self, data: bytes) -> None:
+        """A piece of body from the parser."""
+        sink = self._sink
+        if sink is not None:
+            sink(data)
+            return
+        now = monotonic()
+        if not self.first_byte_at:
+            self.first_byte_at = now
+        self.progress(now)
+        self._buffer.append(data)
+        self._buffered_bytes += len(data)
+        if self._is_ready():
+            if self._buffered_bytes >= READ_AHEAD_BYTES and not self.complete:
+                self.pause()
+            self._wake()
+
+    def finish(self) -> None:
+        """The answer is complete; the connection is no longer ours."""
+        self.complete = True
+        self._connection = None
+        self.deadline_at = _NEVER
+        if not self.first_byte_at:
+            self.first_byte_at = monotonic()
+        self._wake()
+
+    def fail(self, error: UpstreamError | StaleConnection) -> None:
+        self._connection = None
+        self.deadline_at = _NEVER
+        if self._error is None:
+            self._error = error
+        self._wake()
+
+    def __repr__(self) -> str:
+        state = "complete" if self.complete else "streaming" if self.streaming else "waiting"
+        return f"<Reply {self.status or '…'} {state}>"
+
+
+class Connection(asyncio.Protocol):
+    """One connection to an upstream, and the parser of its answers. In use exactly while `reply` is set."""
+
+    __slots__ = (
+        "_complete",
+        "_head_bytes",
+        "_keep_alive",
+        "_parser",
+        "_pieces",
+        "_pool",
+        "_reading_paused",
+        "idle_at",
+        "reply",
+        "requests",
+        "transport",
+        "upstream",
+    )
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.upstream = pool.upstream
+        self.transport: asyncio.Transport | None = None
+        self.reply: Reply | None = None
+        self.requests = 0
+        self.idle_at = 0.0
+        self._parser = HttpResponseParser(self)
+        self._pieces: list[bytes] = []
+        self._complete = False
+        self._keep_alive = False
+        self._head_bytes = 0
+        self._reading_paused = False
+
+    def begin(self, head: bytes, body: bytes) -> Reply:
+        """Write one request. `head` ends with the empty line."""
+        transport = self.transport
+        assert transport is not None and self.reply is None
+        self.requests += 1
+        self._complete = False
+        self._keep_alive = False
+        self._head_bytes = 0
+        reply = self.reply = Reply(self, monotonic())
+        if len(body) < 16 * 1024:
+            transport.write(head + body)
+        else:
+            transport.write(head)
+            transport.write(body)
+        return reply
+
+    def pause_reading(self) -> None:
+        if self.transport is not None and not self._reading_paused:
+            self._reading_paused = True
+            self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self.transport is not None and self._reading_paused:
+            self._reading_paused = False
+            self.transport.resume_reading()
+
+    def abort(self) -> None:
+        """Close now, dropping what was not written."""
+        reply, self.reply = self.reply, None
+        if reply is not None:
+            self._pool.active.discard(self)
+        if self.transport is not None:
+            self.transport.abort()
+
+    # -- asyncio.Protocol ---------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]  # create_connection gives a full Transport
+
+    def data_received(self, data: bytes) -> None:
+        reply = self.reply
+        if reply is None:  # bytes that nobody asked for: the connection cannot be trusted
+            self._pool.forget(self)
+            self.abort()
+            return
+        reply.received = True
+        if not reply.head_complete:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except HttpParserError as error:
+            if not self._complete:
+                self._break(f"its answer is not valid HTTP/1.1: {_reason(error)}")
+                return
+            self._keep_alive = False  # the answer is whole; what followed it is not ours
+        if not reply.head_complete and self._head_bytes > MAX_HEAD_BYTES:
+            self._break(f"its response head is larger than {MAX_HEAD_BYTES} bytes")
+            return
+        pieces = self._pieces
+        if self._complete:
+            reply.complete = True  # before the last piece is taken: an unstreamed answer wakes its reader once
+        if pieces:
+            if len(pieces) == 1:
+                body = pieces[0]
+            else:
+                body = b"".join(pieces)
+            pieces.clear()
+            reply.take(body)
+        if self._complete and self.reply is reply:
+            self._done(reply)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self._pool.forget(self)
+        reply = self.reply
+        if reply is None:
+            return
+        if exc is None and reply.head_complete and reply.content_length is None and not self._chunked(reply):
+            reply.complete = True  # the answer was delimited by the close
+            self._done(reply)
+        elif not reply.received and self.requests > 1:
+            self.reply = None
+            self._pool.active.discard(self)
+            reply.fail(StaleConnection())
+        elif not reply.received:
+            self._break("it closed the connection without an answer")
+        else:
+            self._break("it closed the connection in the middle of its answer")
+
+    # -- httptools ----------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._complete:  # bytes after the end of the answer: take what is ours, trust nothing after it
+            self._keep_alive = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        reply = self.reply
+        if reply is not None and not self._complete:
+            reply.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        reply = self.reply
+        if reply is None or self._complete:
+            return
+        status: int = self._parser.get_status_code()
+        if status < 200:
+            reply.headers.clear()
+            if status == 101:
+                raise _Refused("it switched protocols without being asked")
+            return
+        reply.status = status
+        for name, value in reply.headers:
+            length = len(name)
+            if length == 12:
+                if name.lower() == b"content-type":
+                    reply.content_type = value
+                    reply.streaming = value[:20].lower().startswith(_STREAM_TYPES)
+            elif length == 14:
+                if name.lower() == b"content-length":
+                    reply.content_length = int(value)
+            elif length == 17 and name.lower() == b"transfer-encoding" and value.lower() != b"chunked":
+                raise _Refused("it used a transfer coding that was not asked for")
+        reply.head_complete = True
+
+    def on_body(self, data: bytes) -> None:
+        if not self._complete:
+            self._pieces.append(data)
+
+    def on_message_complete(self) -> None:
+        reply = self.reply
+        if reply is None or not reply.head_complete:  # an interim 1xx answer ended; the real one follows
+            return
+        if not self._complete:
+            self._complete = True
+            self._keep_alive = self._parser.should_keep_alive()
+
+    # -- ends ---------------------------------------------------------------------------------------------------
+
+    def _chunked(self, reply: Reply) -> bool:
+        return any(len(name) == 17 and name.lower() == b"transfer-encoding" for name, _ in reply.headers)
+
+    def _done(self, reply: Reply) -> None:
+        self.reply = None
+        self._pool.active.discard(self)
+        self.resume_reading()
+        transport = self.transport
+        if transport is not None:
+            # An answer that came before our request was written out leaves bytes that the next one must not follow.
+            if self._keep_alive and not transport.is_closing() and not transport.get_write_buffer_size():
+                self._pool.keep(self)
+            else:
+                transport.abort()
+        reply.finish()
+
+    def _break(self, reason: str) -> None:
+        reply = self.reply
+        self._pieces.clear()
+        self.abort()
+        if reply is not None:
+            reply.fail(UpstreamBroken(f"provider {self.upstream.provider!r} failed: {reason}"))
+
+    def expire(self, reply: Reply) -> None:
+        """The reply's deadline has passed."""
+        name = reply.deadline_name
+        timeouts = self.upstream.timeouts
+        limit_s = {"first_byte": timeouts.first_byte_s, "idle": timeouts.idle_s, "total": timeouts.total_s}[name]
+        what = {
+            "first_byte": "did not begin to answer",
+            "idle": "stopped in the middle of its answer",
+            "total": "did not finish its answer",
+        }[name]
+        self.abort()
+        reply.fail(
+            UpstreamTimeout(
+                f"provider {self.upstream.provider!r} {what} within {limit_s:g} s ({name} timeout)",
+                code=f"upstream_{name}_timeout",
+            )
+        )
+
+    def __repr__(self) -> str:
+        state = "idle" if self.reply is None else repr(self.reply)
+        return f"<Connection {self.upstream.name} #{self.requests} {state}>"
+
+
+class _Refused(Exception):
+    """Raised inside a parser callback; httptools turns it into its HttpParserCallbackError."""
+
+
+def _reason(error: Exception) -> str:
+    """The parser's words, or the callback's, without any byte of the answer."""
+    cause = error.__context__
+    return str(cause if isinstance(cause, _Refused) else error)[:200]
+
+
+class Pool:
+    """The connections of one upstream: idle ones, most recently used last, and those in use."""
+
+    __slots__ = ("active", "idle", "idle_s", "tls", "upstream")
+
+    def __init__(self, upstream: Upstream, idle_s: float, tls: ssl.SSLContext | None) -> None:
+        self.upstream = upstream
+        self.idle_s = idle_s
+        self.tls = tls
+        self.idle: deque[Connection] = deque()
+        self.active: set[Connection] = set()
+
+    def keep(self, connection: Connection) -> None:
+        connection.idle_at = monotonic()
+        self.idle.append(connection)
+
+    def forget(self, connection: Connection) -> None:
+        if connection.idle_at:
+            try:
+                self.idle.remove(connection)
+            except ValueError:
+                return
+
+    def take(self) -> Connection | None:
+        """The most recently used connection that is still fresh."""
+        while self.idle:
+            connection = self.idle.pop()
+            connection_transport = connection.transport
+            if connection_transport is None or connection_transport.is_closing():
+                continue
+            if monotonic() - connection.idle_at >= self.idle_s:
+                connection_transport.abort()
+                continue
+            return connection
+        return None
+
+    async def dial(self) -> Connection:
+        """Open a connection. Raises UpstreamUnreachable with the reason in words."""
+        upstream = self.upstream
+        loop = asyncio.get_running_loop()
+        timeout_s = upstream.timeouts.connect_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self),
+                    upstream.host,
+                    upstream.port,
+                    ssl=self.tls,
+                    server_hostname=upstream.host if self.tls is not None else None,
+                )
+        except TimeoutError:
+            raise UpstreamUnreachable(
+                f"provider {upstream.provider!r} is unreachable: no connection to {upstream.netloc} "
+                f"within {timeout_s:g} s (connect timeout)",
+                status=504,
+                code="upstream_connect_timeout",
+            ) from None
+        except ssl.SSLError as error:
+            raise UpstreamUnreachable(
+                f"provider {upstream.provider!r} is unreachable: TLS with {upstream.netloc} failed: "
+                f"{error.reason or 'handshake error'}"
+            ) from error
+        except OSError as error:
+            raise UpstreamUnreachable(
+                f"provider {upstream.provider!r} is unreachable: {upstream.netloc}: "
+                f"{(error.strerror or str(error) or type(error).__name__).lower()}"
+            ) from error
+        return connection
+
+
+class Transport:
+    """All upstream connections of this process. `start` it inside the running loop, `close` it at the end."""
+
+    def __init__(self, idle_s: float = 4.0) -> None:
+        self._idle_s = idle_s
+        self._pools: dict[Upstream, Pool] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._tls: ssl.SSLContext | None = None
+        self._closed = False
+
+    async def send(self, upstream: Upstream, head: bytes, body: bytes) -> Reply:
+        """Send one request (`head` ends with its empty line) and wait until the client could be answered.
+
+        Raises UpstreamUnreachable (nothing was sent), UpstreamBroken or UpstreamTimeout. Cancelled at any point, it
+        leaves no connection behind. The caller closes the Reply.
+        """
+        pool = self._pools.get(upstream) or self._open_pool(upstream)
+        connection = pool.take()
+        if connection is None:
+            connection = await pool.dial()
+        while True:
+            reply = connection.begin(head, body)
+            pool.active.add(connection)
+            try:
+                await reply.ready()
+            except StaleConnection:
+                connection = await pool.dial()  # a fresh one: it cannot be stale, so this loop turns once
+                continue
+            except BaseException:
+                reply.close()
+                raise
+            return reply
+
+    def counts(self, upstream: Upstream) -> tuple[int, int]:
+        """(connections in use, idle connections) of an upstream."""
+        pool = self._pools.get(upstream)
+        return (len(pool.active), len(pool.idle)) if pool is not None else (0, 0)
+
+    def start(self) -> None:
+        self._sweep()
+
+    def close(self) -> None:
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for pool in self._pools.values():
+            for connection in [*pool.active, *pool.idle]:
+                reply = connection.reply
+                connection.abort()
+                if reply is not None:
+                    reply.fail(UpstreamBroken("the gateway is shutting down"))
+            pool.idle.clear()
+
+    def _open_pool(self, upstream: Upstream) -> Pool:
+        tls = None
+        if upstream.scheme == "https":
+            tls = self._tls = self._tls or ssl.create_default_context()
+        # Below the runtime's own limit, or we would write into connections that it is just closing.
+        idle_s = min(self._idle_s, max(0.5, upstream.runtime.idle_s - 1.0))
+        pool = self._pools[upstream] = Pool(upstream, idle_s, tls)
+        return pool
+
+    def _sweep(self) -> None:
+        if self._closed:
+            return
+        now = monotonic()
+        for pool in self._pools.values():
+            expired = None
+            for connection in pool.active:
+                reply = connection.reply
+                if reply is not None and reply.deadline_at <= now:
+                    expired = [connection] if expired is None else [*expired, connection]
+            for connection in expired or ():
+                reply = connection.reply
+                if reply is not None:
+                    connection.expire(reply)
+            idle = pool.idle
+            while idle and now - idle[0].idle_at >= pool.idle_s:
+                connection = idle.popleft()
+                if connection.transport is not None:
+                    connection.transport.abort()
+        self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)

@@ -1,0 +1,136 @@
+"""One upstream address: where it is, what speaks there, how it feels, and the load this process put on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal
+from urllib.parse import urlsplit
+
+from gateway.runtimes import Runtime
+
+HealthStatus = Literal["unknown", "ok", "degraded", "unreachable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """The last probe's finding. `latency_s` is the probe's round trip, None where nothing answered."""
+
+    status: HealthStatus = "unknown"
+    reason: str = "not probed yet"
+    latency_s: float | None = None
+    checked_at: float = 0.0  # monotonic seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Limits on one exchange with an upstream, in seconds; None switches one off.
+
+    `first_byte_s`: from the request sent to the first byte of the answer's body, since several runtimes send the
+    headers long before the model has said anything. `idle_s`: between two pieces of an answer; comment lines do not
+    count. `total_s`: from the request sent to the end of the answer.
+    """
+
+    connect_s: float = 5.0
+    first_byte_s: float | None = 600.0
+    idle_s: float | None = 60.0
+    total_s: float | None = None
+
+
+class Upstream:
+    """An address and its live counters. Survives configuration reloads by `name`.
+
+    `base_url` is the OpenAI base as configured ("http://host:8000/v1"); `prefix` is its path without a trailing
+    slash ("/v1"), and `root` what stands before a final "/v1" ("").
+    """
+
+    __slots__ = (
+        "api_key",
+        "base_url",
+        "failed",
+        "health",
+        "host",
+        "in_flight",
+        "models",
+        "name",
+        "netloc",
+        "port",
+        "prefix",
+        "provider",
+        "root",
+        "runtime",
+        "scheme",
+        "served",
+        "timeouts",
+        "weight",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        provider: str,
+        runtime: Runtime,
+        base_url: str,
+        *,
+        api_key: str = "",
+        timeouts: Timeouts | None = None,
+        weight: int = 1,
+    ) -> None:
+        url = urlsplit(base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"{base_url!r} is no http(s) URL with a host")
+        self.name = name
+        self.provider = provider
+        self.runtime = runtime
+        self.base_url = base_url
+        self.scheme = url.scheme
+        self.host = url.hostname
+        self.port = url.port or (443 if url.scheme == "https" else 80)
+        #: the Host header we send: ours, never the client's (Ollama answers 403 to a foreign one)
+        self.netloc = url.netloc.rpartition("@")[2]
+        self.prefix = url.path.rstrip("/")
+        self.root = self.prefix.removesuffix("/v1")
+        self.api_key = api_key
+        self.timeouts = timeouts or Timeouts()
+        self.weight = weight
+        self.health = Health()
+        #: model names the upstream itself reports, from the last probe that could tell
+        self.models: tuple[str, ...] = ()
+        self.in_flight = 0
+        self.served = 0  # leases ever given: breaks ties between equally loaded upstreams
+        self.failed = 0
+
+    def url(self, path: str) -> str:
+        """Absolute URL of `path`, which starts at the root ("/api/tags", "/v1/models", "/health")."""
+        return f"{self.scheme}://{self.netloc}{self.root}{path}"
+
+    def lease(self) -> Lease:
+        """Count one request on this upstream from now until the lease is left."""
+        return Lease(self)
+
+    def __repr__(self) -> str:
+        return f"<Upstream {self.name} {self.runtime.name} {self.base_url} {self.health.status} in_flight={self.in_flight}>"
+
+
+class Lease:
+    """Load counted at selection, before the next choice (CRITERIA R1), and dropped exactly once."""
+
+    __slots__ = ("upstream",)
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.upstream: Upstream | None = upstream
+        upstream.in_flight += 1
+        upstream.served += 1
+
+    def release(self) -> None:
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None:
+            upstream.in_flight -= 1
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

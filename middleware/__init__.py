@@ -1,0 +1,62 @@
+"""The middlewares, and the one place that says their order.
+
+Each is aiohttp-shaped: it takes a request and the next handler, and gives a response. Options are set when it is
+made; what belongs to a request lives in its Exchange. Middlewares know identity, limits, metrics, ledger and log,
+and how the gateway answers (`answer`); they know no handler, no upstream and nothing of the admin side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+    from gateway.exchange import Exchange
+    from gateway.identity.keys import KeyRing
+    from gateway.metrics import Level
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Middleware = Callable[[web.BaseRequest, Handler], Awaitable[web.StreamResponse]]
+
+
+def stack(
+    routes: Container[str],
+    open_paths: Container[str],
+    keys: KeyRing,
+    settle: Callable[[Exchange], None],
+    in_flight: Level,
+) -> tuple[Middleware, ...]:
+    """The order, outermost first. Metrics sees every answer, so that 401 and 429 are counted; errors are rendered
+    before metrics reads the status; hygiene comes before auth, since a request that must not be is nobody's.
+    """
+    from middleware.auth import Auth
+    from middleware.errors import Errors
+    from middleware.hygiene import Hygiene
+    from middleware.metrics import Metrics
+    from middleware.ratelimit import RateLimit
+
+    return (
+        Metrics(routes, settle, in_flight),
+        Errors(),
+        Hygiene(routes),
+        Auth(keys, open_paths),
+        RateLimit(),
+    )
+
+
+def compose(middlewares: Sequence[Middleware], handler: Handler) -> Handler:
+    """Wrap `handler` in `middlewares`, the first outermost."""
+    for middleware in reversed(middlewares):
+        handler = _bind(middleware, handler)
+    return handler
+
+
+def _bind(middleware: Middleware, handler: Handler) -> Handler:
+    def call(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        return middleware(request, handler)
+
+    return call

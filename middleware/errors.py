@@ -1,0 +1,43 @@
+"""Turns what handlers raise into the error body of the client's API family; nothing foreign gets out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from aiohttp import web
+
+from gateway.answer import EXCHANGE, SENT_CLOSE, send_error
+from gateway.errors import GatewayError
+from middleware import Handler
+
+_log = logging.getLogger("gateway.errors")
+
+
+class Errors:
+    async def __call__(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except GatewayError as error:
+            known = error
+        except asyncio.CancelledError:
+            raise
+        except ConnectionError as error:  # the client's transport closed under a write
+            raise asyncio.CancelledError from error
+        except Exception:
+            exchange = request[EXCHANGE]
+            # The traceback shows code, never values: a request's bytes must not reach a log.
+            _log.exception("request %s failed inside the gateway", exchange.id)
+            exchange.outcome = "internal_error"
+            known = GatewayError(f"the gateway failed on this request; its log has {exchange.id}")
+        exchange = request[EXCHANGE]
+        exchange.error = known
+        if exchange.committed:  # too late to say anything: cut, so that it does not look like an end
+            if request.transport is not None:
+                request.transport.abort()
+            return SENT_CLOSE
+        exchange.status = known.status
+        if exchange.outcome == "ok":
+            exchange.outcome = "upstream_error" if known.blame == "upstream" else "refused"
+        # A body that nobody read would be taken for the next request; aiohttp lingers on it, we close.
+        return send_error(request, known, exchange, close=not request.content.is_eof())
