@@ -20,7 +20,7 @@ from gateway.handlers.resolve import TOOL_FIELDS, Plan
 from gateway.upstreams.policies import least_in_flight
 from gateway.upstreams.transport import Reply, Transport
 from gateway.upstreams.upstream import Lease
-from gateway.wire.body import set_include_usage
+from gateway.wire.body import usage_options
 
 _USER_AGENT: Final = b"local-llm-gateway/" + __version__.encode()
 
@@ -122,7 +122,7 @@ def patched(plan: Plan, offer: Offer) -> bytes:
     streamed = replace.get("stream", b"true" if body.stream else b"false") == b"true"
     if streamed and not native and not body.include_usage and offer.upstream.runtime.inject_usage:
         plan.strip_usage = True
-        replace = {**replace, "stream_options": set_include_usage(body)}
+        replace = {**replace, "stream_options": usage_options(body)}
     if not replace and not remove:
         return body.raw
     return body.patch(replace, remove)

@@ -217,16 +217,20 @@ class Body:
         return f"<Body {len(self.raw)} bytes, {len(self._values)} members>"
 
 
-def set_include_usage(body: Body) -> bytes:
-    """The body with `stream_options.include_usage` true; the client's other stream options stay as they are."""
+def usage_options(body: Body) -> bytes:
+    """The value of `stream_options` with `include_usage` true; the client's other options stay as they are."""
     found = body._values.get("stream_options")
     if found is None or bytes(memoryview(found)[:5]) == b"null":
-        return body.patch({"stream_options": b'{"include_usage":true}'})
+        return b'{"include_usage":true}'
     raw = bytes(found)
     if not raw.startswith(b"{"):
         raise BadRequest("'stream_options' must be an object.", param="stream_options", code="invalid_type")
-    options = Body(raw, _decode_object(raw))
-    return body.patch({"stream_options": options.patch({"include_usage": b"true"})})
+    return Body(raw, _decode_object(raw)).patch({"include_usage": b"true"})
+
+
+def set_include_usage(body: Body) -> bytes:
+    """The body with `stream_options.include_usage` true."""
+    return body.patch({"stream_options": usage_options(body)})
 
 
 def _decode_object(raw: bytes) -> dict[str, Raw]:
