@@ -14,20 +14,21 @@ from typing import Final
 
 import orjson
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
+from gateway.answer import EXCHANGE, send, send_json
 from gateway.errors import (
     BadRequest,
-    BodyTooLarge,
     Forbidden,
     GatewayError,
     ModelNotFound,
     NotFound,
-    RequestTimeout,
     UpstreamBroken,
     UpstreamError,
     render_event,
 )
-from gateway.exchange import Exchange, Outcome
+from gateway.exchange import Exchange
+from gateway.handlers.resolve import BodyLimits, read_body
 from gateway.upstreams.control import Control, Stream, error_text
 from gateway.upstreams.upstream import Upstream
 from gateway.wire.ndjson import NdjsonSplitter
@@ -36,8 +37,7 @@ from gateway.wire.ndjson import NdjsonSplitter
 #: to whatever address a client writes, inside the operator's network too.
 REGISTRIES: Final = frozenset({"registry.ollama.ai", "hf.co", "huggingface.co"})
 
-_BODY_MAX_BYTES: Final = 16 * 1024
-_BODY_S: Final = 10.0
+_BODY: Final = BodyLimits(max_bytes=16 * 1024, timeout_s=10.0, min_rate=0)
 _LINE_MAX_BYTES: Final = 256 * 1024
 _NAME_MAX_CHARS: Final = 350
 #: [[registry[:port]/]namespace/]name[:tag]
@@ -83,7 +83,7 @@ class Ollama:
         answer = await self._control.send("GET", upstream, path, timeout_s=_LIST_S)
         if answer.status != 200:
             raise UpstreamError(f"{upstream.name}: {answer.reason()}")
-        return web.Response(body=answer.body, content_type="application/json")
+        return send(request, answer.body)
 
     async def delete(self, request: web.BaseRequest) -> web.StreamResponse:
         """Body `{"model": name}`; answers `{"status": "success"}`. 404 if Ollama has no such model."""
@@ -94,7 +94,7 @@ class Ollama:
         answer = await self._control.send("DELETE", upstream, path, {"model": model}, timeout_s=_DELETE_S)
         if answer.status != 200:
             raise _refusal(answer.status, error_text(answer.body) or answer.reason(), "delete", model)
-        return web.Response(body=b'{"status":"success"}', content_type="application/json")
+        return send_json(request, {"status": "success"})
 
     async def pull(self, request: web.BaseRequest) -> web.StreamResponse:
         """Body `{"model": name}`; answers Ollama's progress lines as they come (application/x-ndjson).
@@ -121,26 +121,20 @@ class Ollama:
     async def _relay(
         self, request: web.BaseRequest, upstream: Upstream, stream: Stream, model: str
     ) -> web.StreamResponse:
-        exchange: Exchange | None = request.get("exchange")
+        exchange = request[EXCHANGE]
         lines = _Lines(upstream.name, stream)
         # Raises what is wrong while an error status can still be sent.
         ready = await self._opening(lines, model)
-        response = web.StreamResponse()
-        response.content_type = "application/x-ndjson"
-        response.headers["X-Accel-Buffering"] = "no"
+        response = _Progress(exchange)
+        await response.prepare(request)
         try:
-            await response.prepare(request)
-            try:
-                await _copy(ready, lines, response, model)
-            except _PullFailed as failed:
-                _ended(exchange, "upstream_error", failed.error)
-            except UpstreamError as error:
-                _ended(exchange, "partial", error)
-                await response.write(render_event(error, "ollama"))
-            await response.write_eof()
-        except (ConnectionError, asyncio.CancelledError):
-            _ended(exchange, "client_gone", None)
-            raise
+            await _copy(ready, lines, response, model)
+        except _PullFailed as failed:
+            exchange.error, exchange.outcome = failed.error, "upstream_error"
+        except UpstreamError as error:
+            exchange.error, exchange.outcome = error, "partial"
+            await response.write(render_event(error, "ollama"))
+        await response.write_eof()
         return response
 
     async def _opening(self, lines: _Lines, model: str) -> list[bytes]:
@@ -159,18 +153,41 @@ class Ollama:
 
     def _configured(self, request: web.BaseRequest) -> Upstream:
         if self._upstream is None:
-            raise NotFound("Ollama is not configured: set OLLAMA_BASE_URL", code="ollama_not_configured")
-        exchange: Exchange | None = request.get("exchange")
-        if exchange is not None:
-            exchange.provider, exchange.upstream = self._upstream.provider, self._upstream.name
+            raise NotFound("Ollama is not configured here: set `OLLAMA_BASE_URL`", code="ollama_not_configured")
+        exchange = request[EXCHANGE]
+        exchange.provider, exchange.upstream = self._upstream.provider, self._upstream.name
         return self._upstream
 
     def _permitted(self) -> None:
         if not self._enable_pull:
             raise Forbidden(
-                "Pulling and deleting models is switched off: set LOCAL_LLM_ENABLE_PULL=true to allow it",
+                "pulling and deleting models is switched off: set `LOCAL_LLM_ENABLE_PULL=true` to allow it",
                 code="pull_disabled",
             )
+
+
+class _Progress(web.StreamResponse):
+    """The NDJSON answer. Counts its bytes and marks the commit point on the Exchange."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        headers = {
+            "Server": "llm-gateway",
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "no-store",
+            "X-Accel-Buffering": "no",
+            "X-Request-Id": exchange.id,
+        }
+        super().__init__(headers=headers)
+        self.content_type = "application/x-ndjson"
+        self._exchange = exchange
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        self._exchange.committed = True
+        return await super().prepare(request)
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        await super().write(data)
+        self._exchange.response_bytes += len(data)
 
 
 class _PullFailed(Exception):
@@ -254,35 +271,29 @@ def _refusal(status: int, text: str, verb: str, model: str) -> GatewayError:
     return UpstreamError(message)
 
 
-def _ended(exchange: Exchange | None, outcome: Outcome, error: GatewayError | None) -> None:
-    if exchange is not None:
-        exchange.outcome = outcome
-        exchange.error = error
-
-
 async def _model(request: web.BaseRequest) -> str:
     """The checked `model` of a body `{"model": name}`."""
     try:
-        document = orjson.loads(await _body(request))
+        document = orjson.loads(await read_body(request, _BODY))
     except orjson.JSONDecodeError:
-        raise BadRequest('The body is not JSON: send {"model": "name"}', code="invalid_json") from None
+        raise BadRequest('the body is not JSON: send {"model": "name"}', code="invalid_json") from None
     if not isinstance(document, dict):
-        raise BadRequest('The body is no JSON object: send {"model": "name"}')
+        raise BadRequest('the body is no JSON object: send {"model": "name"}')
     unknown = sorted(set(document) - {"model"})
     if unknown:
         # "insecure" would let a client switch off TLS between Ollama and a registry, so nothing passes by
         # accident.
-        raise BadRequest(f'Unknown field {unknown[0]!r}: the body is {{"model": "name"}}', param=unknown[0][:64])
+        raise BadRequest(f'unknown field {unknown[0][:64]!r}: the body is {{"model": "name"}}', param=unknown[0][:64])
     model = document.get("model")
     if not isinstance(model, str) or not model:
-        raise BadRequest("'model' is missing: the name of an Ollama model, such as 'llama3.2:1b'", param="model")
+        raise BadRequest("`model` is missing: the name of an Ollama model, such as llama3.2:1b", param="model")
     _check_name(model)
     return model
 
 
 def _check_name(model: str) -> None:
     if len(model) > _NAME_MAX_CHARS or not _NAME.fullmatch(model):
-        raise BadRequest("'model' is no Ollama model name: [namespace/]name[:tag]", param="model")
+        raise BadRequest("`model` is no Ollama model name: [namespace/]name[:tag]", param="model")
 
 
 def _known_registry(model: str, registries: frozenset[str]) -> None:
@@ -290,23 +301,7 @@ def _known_registry(model: str, registries: frozenset[str]) -> None:
     if "/" in rest and registry.lower() not in registries:
         allowed = ", ".join(sorted(registries))
         raise Forbidden(
-            f"Models are not pulled from the registry {registry!r} here; allowed: {allowed}",
+            f"models are not pulled from the registry {registry!r} here; allowed: {allowed}",
             param="model",
             code="registry_not_allowed",
         )
-
-
-async def _body(request: web.BaseRequest) -> bytes:
-    """The request's body, at most 16 KiB of it and for at most 10 s."""
-    if (request.content_length or 0) > _BODY_MAX_BYTES:
-        raise BodyTooLarge(f"The body is larger than {_BODY_MAX_BYTES} bytes")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(_BODY_S):
-            while piece := await request.content.readany():
-                body += piece
-                if len(body) > _BODY_MAX_BYTES:
-                    raise BodyTooLarge(f"The body is larger than {_BODY_MAX_BYTES} bytes")
-    except TimeoutError:
-        raise RequestTimeout(f"The body did not arrive within {_BODY_S:g} s") from None
-    return bytes(body)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, Protocol
 
-import orjson
 from aiohttp import web
 
+from gateway.answer import EXCHANGE, send_json
 from gateway.config import Model
 from gateway.runtimes import Runtime
 from gateway.upstreams.control import Control
@@ -64,11 +64,10 @@ class Providers:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         providers = self._catalog.table.providers
         await self._ping({upstream for provider in providers for upstream in provider.upstreams})
-        exchange = request.get("exchange")
-        principal = None if exchange is None else exchange.principal
+        principal = request[EXCHANGE].principal
         now = self._control.clock()
         document = {"providers": [_provider(provider, principal, now) for provider in providers]}
-        return web.Response(body=orjson.dumps(document), content_type="application/json")
+        return send_json(request, document)
 
     async def _ping(self, upstreams: Iterable[Upstream]) -> None:
         pings = [asyncio.ensure_future(self._control.fresh(upstream, MAX_AGE_S)) for upstream in upstreams]
@@ -124,7 +123,7 @@ def _model(model: Model) -> dict[str, Any]:
 
 def _empty_hint(provider: Provider) -> str:
     hint = (
-        "No models are configured for this provider: list them under OPENAI_COMPATIBLE_DATA, "
+        "no models are configured for this provider: list them under OPENAI_COMPATIBLE_DATA, "
         f'in the entry with "provider": "{provider.name}", as "models": [{{"apiName": "..."}}].'
     )
     reported = sorted({name for upstream in provider.upstreams for name in upstream.models})

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from gateway.upstreams.control import Control
-from gateway.upstreams.upstream import Upstream
+from gateway.upstreams.upstream import HealthStatus, Upstream
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class Prober:
         self._clock = clock
         self._spread = spread
         self._next_at: dict[Upstream, float] = {}
+        #: what was last told of each: others may probe in between, and their finding must be told too
+        self._told: dict[Upstream, tuple[HealthStatus, tuple[str, ...]]] = {}
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -66,6 +68,7 @@ class Prober:
         """The upstreams whose time has come; forgets those that have left the set."""
         current = tuple(self._upstreams())
         self._next_at = {upstream: self._next_at.get(upstream, now) for upstream in current}
+        self._told = {upstream: told for upstream, told in self._told.items() if upstream in self._next_at}
         return [upstream for upstream, at in self._next_at.items() if at <= now]
 
     async def probe_due(self) -> None:
@@ -80,12 +83,13 @@ class Prober:
             await asyncio.sleep(max(0.01, min(soonest_at - self._clock(), self._recheck_s)))
 
     async def _probe(self, upstream: Upstream) -> None:
-        before = (upstream.health.status, upstream.models)
         health = await self._control.probe(upstream)
         wait_s = self._recheck_s if health.status == "unreachable" else self._interval_s
         self._next_at[upstream] = self._clock() + wait_s * self._spread(1 - self._jitter, 1 + self._jitter)
-        if (health.status, upstream.models) == before:
+        finding = (health.status, upstream.models)
+        if self._told.get(upstream) == finding:
             return
+        self._told[upstream] = finding
         try:
             self._on_change(upstream)
         except Exception:

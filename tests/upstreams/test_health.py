@@ -86,6 +86,16 @@ async def test_changes_are_told_once() -> None:
     assert scene.changes == ["a ok", "a degraded"]
 
 
+async def test_what_another_probe_found_is_told_too() -> None:
+    """A look at the providers page probes as well; the prober must still tell what that one found first."""
+    scene = Scene("a")
+    await scene.probed_at(0)
+    scene.upstreams[0].models = ("new",)
+    scene.upstreams[0].health = Health("ok")
+    await scene.probed_at(10)
+    assert scene.changes == ["a ok", "a ok"]
+
+
 async def test_a_changed_set_is_picked_up() -> None:
     scene = Scene("a")
     await scene.probed_at(0)
