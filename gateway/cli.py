@@ -121,8 +121,12 @@ def _serve(args: argparse.Namespace) -> int:
     except OSError as error:
         return _failed(f"the data directory {config.data_dir} cannot be used: {_reason(error)}")
 
-    from gateway.server import serve
+    from gateway.server import require_aiohttp, serve
 
+    try:
+        require_aiohttp()
+    except RuntimeError as error:
+        return _failed(str(error))
     try:
         return serve(config, keyring, announce=_announce)
     except KeyFileError as error:

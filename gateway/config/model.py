@@ -14,15 +14,15 @@ from typing import Literal
 
 from gateway.upstreams.upstream import Timeouts
 
-_SECRET_PREFIX = re.compile(r"[A-Za-z]{1,8}[-_]")
+_KNOWN_PREFIX = re.compile(r"llmgw_|sk-|hf_|gsk_|")
 _LONG_SECRET_CHARS = 24
 
 
 class Secret:
     """A credential that cannot be printed by accident: `repr` and `str` show a mask, `value` is the text.
 
-    A long secret shows its prefix and its last four characters ("sk-…9f3c"), so that an operator can tell two
-    apart; a short one shows nothing. Equality takes constant time. False if empty.
+    A long secret shows a well-known prefix and its last four characters ("sk-…9f3c"), so that an operator can
+    tell two apart; a short one shows nothing. Equality takes constant time. False if empty.
     """
 
     __slots__ = ("value",)
@@ -40,8 +40,8 @@ class Secret:
             return ""
         if len(self.value) < _LONG_SECRET_CHARS:
             return "…"
-        prefix = _SECRET_PREFIX.match(self.value)
-        return f"{prefix.group() if prefix else ''}…{self.value[-4:]}"
+        prefix = _KNOWN_PREFIX.match(self.value)
+        return f"{prefix[0] if prefix else ''}…{self.value[-4:]}"
 
     def __repr__(self) -> str:
         return f"Secret({str(self)!r})"

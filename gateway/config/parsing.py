@@ -164,7 +164,7 @@ def directory(raw: object) -> Path:
         raise Refused("names a home directory that does not exist") from None
 
 
-def listen(raw: object) -> Listen:
+def listen(raw: object, usual_port: int = 8700) -> Listen:
     """ "host:port", "[ipv6]:port", ":port" or a port; without a host it is the loopback address."""
     if isinstance(raw, int) and not isinstance(raw, bool):
         raw = str(raw)
@@ -175,8 +175,8 @@ def listen(raw: object) -> Listen:
     found = re.fullmatch(r"(?:(\[[^\[\]]*\]|[^:\[\]]*):)?([0-9]{1,9})", raw)
     if found is None:
         if raw.count(":") > 1 and "[" not in raw:
-            raise Refused("an IPv6 address stands in brackets", hint='"[::1]:8700"')
-        missing = f"{raw}:8700" if _HOST.fullmatch(raw) else ""
+            raise Refused("an IPv6 address stands in brackets", hint=f"[::1]:{usual_port}")
+        missing = f"{raw}:{usual_port}" if _HOST.fullmatch(raw) else ""
         raise Refused('must be "host:port"', nearest=missing)
     host, port = found[1] or LOOPBACK, int(found[2])
     if host == "*":
@@ -191,7 +191,9 @@ def listen(raw: object) -> Listen:
 def listen_or_off(raw: object) -> Listen | None:
     if raw is False or (isinstance(raw, str) and raw.lower() in ("off", "no", "false", "none")):
         return None
-    return listen(raw)
+    if isinstance(raw, str) and ":" not in raw and nearest(raw, ("off",)):
+        raise Refused('must be "host:port" or off', nearest="off")
+    return listen(raw, usual_port=9464)
 
 
 def valid_host(host: str) -> bool:

@@ -19,13 +19,13 @@ from gateway.config.parsing import Collector, Refused
 from gateway.config.providers import Reader, native_root
 from gateway.config.settings import BY_FIELD, BY_VARIABLE, CONFIG_VARIABLE, SETTINGS
 
+_PREFIX: Final = "GATEWAY_"
 _KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _KEY_MIN_CHARS: Final = 16
 _KEY_MAX_CHARS: Final = 512
-#: variables that Kubernetes and Docker links set in every container for a service named "gateway…"
+#: what Kubernetes and Docker links append to a service's name, in variables that they set in every container
 _SERVICE_LINK = re.compile(
-    r"(GATEWAY(?:_[A-Z0-9_]+)?)_"
-    r"(?:SERVICE_(?:HOST|PORT(?:_[A-Z0-9_]+)?)|PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_[A-Z]+)?)?)"
+    r"_SERVICE_HOST|_SERVICE_PORT(_[A-Z0-9_]+)?|_PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?"
 )
 #: beginnings of names that are ours, though not ours alone: an unknown one is worth a warning
 _OUR_BEGINNINGS: Final = ("OPENAI_COMPATIBLE", "LOCAL_LLM_", "OLLAMA_BASE")
@@ -225,16 +225,17 @@ def _variables(variables: Mapping[str, str], source: Callable[[str], str], origi
 
 def _unknown_variables(variables: Mapping[str, str], source: Callable[[str], str], collect: Collector) -> None:
     known = (*BY_VARIABLE, CONFIG_VARIABLE)
+    ours = {name.removeprefix(_PREFIX): name for name in known}  # the common beginning would make all names near
+    services = [name.removesuffix("_SERVICE_HOST") for name in variables if name.endswith("_SERVICE_HOST")]
     for name in sorted(variables):
         if name in known or not name.isprintable():
             continue
-        if name.startswith("GATEWAY_"):
-            link = _SERVICE_LINK.fullmatch(name)
-            if link is None or f"{link[1]}_SERVICE_HOST" not in variables:
-                near = parsing.nearest(name, known)
+        near = ours.get(parsing.nearest(name.removeprefix(_PREFIX), ours), "")
+        if name.startswith(_PREFIX):
+            if not any(name.startswith(s) and _SERVICE_LINK.fullmatch(name[len(s) :]) for s in services):
                 collect.add(name, source(name), "unknown variable", nearest=near)
         elif name.startswith(_OUR_BEGINNINGS):
-            collect.warn(name, source(name), "unknown variable", nearest=parsing.nearest(name, known))
+            collect.warn(name, source(name), "unknown variable", nearest=near)
 
 
 def _read_env_file(path: Path, collect: Collector) -> dict[str, tuple[str, int]]:
