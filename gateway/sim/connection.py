@@ -91,7 +91,6 @@ class Connection(asyncio.Protocol):
         self.current: Received | None = None
         self.work: Any = None  # the Generation in progress: has on_writable() and on_closed()
         self._waiting: deque[Received] = deque()
-        self._served: deque[Received] = deque(maxlen=1000)
         self._parser = httptools.HttpRequestParser(self)
         self._idle: asyncio.TimerHandle | None = None
         self._drip: deque[bytes] = deque()  # pieces still to be written, one for each turn of the loop
@@ -111,11 +110,6 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
         self._stop_idle()
-        now = self.loop.time()
-        for received in self._served:
-            received.closed_at = now
-        if self.current is not None:
-            self.current.closed_at = now
         work, self.work = self.work, None
         if work is not None:
             work.on_closed()
@@ -131,6 +125,9 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._stop_idle()
+        if self.server.faults.black_hole:  # set while the connection was open
+            self.transport.pause_reading()
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -171,7 +168,6 @@ class Connection(asyncio.Protocol):
             self._parser.should_keep_alive(),
             self.loop.time(),
         )
-        self._served.append(received)
         self.server.requests.append(received)
         self.server.requests_total += 1
         if self.current is None:

@@ -57,6 +57,9 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     content_length: bool = False  # a stream with content-length instead of chunks
 
     # contents
+    # last: vLLM's way, an own chunk with `choices: []` behind the finish, if asked for; after_finish: the same
+    # unasked; finish: in the chunk with finish_reason; every: in every chunk; zeros: zeros in every chunk, the true
+    # numbers last (Ollama's completions); litellm: like last, with a choice `{"index":0,"delta":{}}`; missing: never
     usage: Literal["last", "finish", "every", "after_finish", "missing", "zeros", "litellm"] = "last"
     body: Any = None  # str or bytes: the verbatim body, status 200 unless `status` is set
     content_type: str = "application/json"

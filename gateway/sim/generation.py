@@ -118,12 +118,14 @@ class Generation:
 
     def on_closed(self) -> None:
         """The client has gone: free the engine at once."""
-        if self._abort():
+        self.drop()
+        if self.response.live:  # else it was us
             self.server.aborted += 1
 
-    def _abort(self) -> bool:
-        known = [self.server.abort((self.serial, index)) for index in range(self._choices)]  # every one
-        return any(known)
+    def drop(self) -> None:
+        """Take every choice out of the engine."""
+        for index in range(self._choices):
+            self.server.abort((self.serial, index))
 
     def _pump(self) -> None:
         """Write what the engine has made and the client can take, the choices in turns."""
@@ -195,7 +197,7 @@ class Generation:
         if at == faults.stall_at_token:
             response.flush()
             return
-        self._abort()
+        self.drop()
         if at == faults.cut_at_token:
             if self.call.stream:
                 response.flush()

@@ -154,6 +154,10 @@ class SimServer:
 
     def lost(self, connection: Connection) -> None:
         self._connections.discard(connection)
+        now = self.loop.time()
+        for received in self.requests:
+            if received.connection == connection.number:
+                received.closed_at = now
         if not self._connections:
             self._all_lost.set()
 
@@ -331,6 +335,7 @@ class SimServer:
             generation.start()
         except ValueError as error:
             connection.work = None
+            generation.drop()
             body = error_body(400, "BadRequestError", str(error))
             self._reply(Response(connection, call.faults, received.keep_alive), received, 400, body)
 

@@ -17,7 +17,7 @@ _DETAILS = b',"prompt_tokens_details":{"cached_tokens":%d,"created_cache_tokens"
 class Shape:
     """Writes one call's answer. Every method returns one whole SSE event, or, `whole`, the unstreamed body."""
 
-    __slots__ = ("_after", "_between", "_head", "_last", "call", "id", "usage_mode")
+    __slots__ = ("_after", "_between", "_head", "_last", "_trailing", "call", "id", "usage_mode")
 
     def __init__(self, call: Call, serial: int, created: int) -> None:
         self.call = call
@@ -39,10 +39,10 @@ class Shape:
                 b'"prompt_token_ids":null,"token_ids":null}]%b}\n\n'
             )
         # the fingerprint is on the last chunk only: the usage chunk where there is one
-        own_usage = call.include_usage and self.usage_mode in ("last", "every", "zeros", "litellm")
-        self._last = b"" if own_usage and call.chat else b',"system_fingerprint":' + FINGERPRINT
-        if not call.chat:
-            self._last = b""
+        self._trailing = self.usage_mode == "after_finish" or (
+            call.include_usage and self.usage_mode not in ("missing", "finish")
+        )
+        self._last = b',"system_fingerprint":' + FINGERPRINT if call.chat and not self._trailing else b""
         self._after = b',"system_fingerprint":' + FINGERPRINT + b"}\n\n"
 
     def role(self, index: int) -> bytes:
@@ -99,10 +99,9 @@ class Shape:
 
     def usage(self, made: int, cached: int) -> bytes:
         """The usage chunk, or b"" where there is none."""
-        mode = self.usage_mode
-        if mode in ("missing", "finish") or not (self.call.include_usage or mode == "after_finish"):
+        if not self._trailing:
             return b""
-        choices = b'{"index":0,"delta":{}}' if mode == "litellm" else b""
+        choices = b'{"index":0,"delta":{}}' if self.usage_mode == "litellm" else b""
         return self._head + choices + b'],"usage":' + self._usage(made, cached) + self._after
 
     def _running_usage(self, made: int) -> bytes:
