@@ -12,7 +12,7 @@ A variable is `GATEWAY_` and the field's name in upper case, a TOML key the fiel
 name with dashes; only `OPENAI_COMPATIBLE_DATA` (`providers`), `OLLAMA_BASE_URL` and `LOCAL_LLM_ENABLE_PULL`
 (`enable_pull`) have names of their own. An empty variable counts as not set.
 
-`model` is the data, `settings` the table of settings, `parsing` and `providers` read values, `sources` finds
+`model` is the data, `settings` the table of settings, `parsing`, `entries` and `providers` read values, `sources` finds
 them, `check` shows them. May import runtimes (their names), the `Timeouts` of upstreams and the key format of
 identity.
 """

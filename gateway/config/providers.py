@@ -14,17 +14,16 @@ may be written in snake_case too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from gateway.config import parsing
+from gateway.config.entries import Entry, Report
 from gateway.config.model import Model, Price, Provider, Secret
 from gateway.config.parsing import Collector, Refused
 from gateway.runtimes import RUNTIMES
 from gateway.upstreams.upstream import Timeouts
-
-T = TypeVar("T")
 
 _PROVIDER_KEYS: Final = (
     "provider",
@@ -39,26 +38,14 @@ _PROVIDER_KEYS: Final = (
 _MODEL_KEYS: Final = ("apiName", "uiName", "supportsTools", "aliases", "contextWindow", "price")
 _PRICE_KEYS: Final = ("input", "cachedInput", "output", "gpuSecond")
 _TIMEOUT_KEYS: Final = ("connect", "firstByte", "idle", "total")
-#: what other programs call the same thing
-_MEANT: Final = {
-    "name": ("provider", "apiName"),
-    "id": ("apiName",),
-    "model": ("apiName", "models"),
-    "url": ("baseUrl",),
-    "api_base": ("baseUrl",),
-    "key": ("apiKey",),
-    "tools": ("supportsTools",),
-}
 
 
-class Reader:
+class Reader(Report):
     """Reads providers, collecting every problem and, by configuration path, the origin of every value."""
 
     def __init__(self, collect: Collector, variables: Mapping[str, str]) -> None:
-        self.collect = collect
+        super().__init__(collect)
         self.variables = variables
-        self.source = ""
-        self.origins: dict[str, str] = {}
 
     def providers(self, raw: object, path: str, source: str, origin: str) -> tuple[Provider, ...]:
         """All usable providers in `raw`; `path`, `source` and `origin` say where it stood."""
@@ -240,124 +227,6 @@ class Reader:
                 seen.setdefault(url, provider.name)
 
 
-class Item:
-    """One element of a list in an entry: its value, and its key ("aliases[2]")."""
-
-    __slots__ = ("key", "value")
-
-    def __init__(self, key: str, value: Any) -> None:
-        self.key = key
-        self.value = value
-
-
-class Entry:
-    """One object of the configuration. Reports what it cannot read, and keys nobody knows, as it is taken apart.
-
-    `path` names it in problems, `origin` in words for its values, `config_path` in `Config.origins`.
-    """
-
-    __slots__ = ("broken", "config_path", "known", "origin", "path", "raw", "reader", "spelled")
-
-    def __init__(
-        self, reader: Reader, raw: object, path: str, origin: str, config_path: str, known: tuple[str, ...]
-    ) -> None:
-        self.reader = reader
-        self.path = path
-        self.origin = origin
-        self.config_path = config_path
-        self.known = known
-        self.raw: dict[str, Any] = {}
-        self.spelled: dict[str, str] = {}
-        self.broken = not isinstance(raw, dict)
-        reader.origins[config_path] = origin
-        if isinstance(raw, dict):
-            self._keys(raw)
-        else:
-            reader.collect.refuse(path, reader.source, Refused("must be an object"), raw)
-
-    def _keys(self, raw: dict[str, Any]) -> None:
-        names = {key: key for key in self.known} | {snake(key): key for key in self.known}
-        for written, value in raw.items():
-            key = names.get(written)
-            shown = written if written.isprintable() and len(written) <= 60 else "…"
-            if key is None:
-                meant = next((m for m in _MEANT.get(snake(written), ()) if m in self.known), "")
-                near = meant or parsing.nearest(written, self.known)
-                self.reader.collect.add(
-                    f"{self.path}.{shown}",
-                    self.reader.source,
-                    "unknown key",
-                    nearest=near,
-                    hint="" if near else _list(self.known),
-                )
-            elif key in self.raw:
-                self.add(written, f"given twice, also as {self.spelled[key]}")
-            else:
-                self.raw[key] = value
-                self.spelled[key] = written
-
-    def at(self, key: str) -> str:
-        head, bracket, rest = key.partition("[")
-        return f"{self.path}.{self.spelled.get(head, head)}{bracket}{rest}"
-
-    def where(self, key: str) -> str:
-        return f"{self.origin}.{self.spelled.get(key, key)}"
-
-    def add(self, key: str, message: str, *, hint: str = "") -> None:
-        self.reader.collect.add(self.at(key), self.reader.source, message, hint=hint)
-
-    def take(
-        self,
-        key: str,
-        parse: Callable[[object], T],
-        default: T,
-        *,
-        required: bool = False,
-        null: bool = False,
-    ) -> T:
-        """The value of `key`, or `default` if it is left out, null (unless `null` is a value) or unusable."""
-        raw = self.raw.get(key)
-        if key not in self.raw or (raw is None and not null):
-            if required and not self.broken:
-                self.add(key, "is missing")
-            self.reader.origins[f"{self.config_path}.{snake(key)}"] = "default"
-            return default
-        try:
-            return parse(raw)
-        except Refused as refused:
-            self.reader.collect.refuse(self.at(key), self.reader.source, refused, raw)
-            return default
-
-    def items(self, key: str, parse: Callable[[object], T]) -> list[Item]:
-        """The usable elements of the list at `key`; an empty list if it is left out."""
-        raw = self.raw.get(key)
-        if raw is None:
-            return []
-        if not isinstance(raw, list):
-            self.reader.collect.refuse(self.at(key), self.reader.source, Refused("must be an array"), raw)
-            return []
-        found = []
-        for index, element in enumerate(raw):
-            try:
-                found.append(Item(f"{key}[{index}]", parse(element)))
-            except Refused as refused:
-                self.reader.collect.refuse(self.at(f"{key}[{index}]"), self.reader.source, refused, element)
-        return found
-
-    def enter(self, key: str, known: tuple[str, ...]) -> Entry | None:
-        """The object at `key`, or None if it is left out."""
-        if self.raw.get(key) is None:
-            self.reader.origins[f"{self.config_path}.{snake(key)}"] = "default"
-            return None
-        config_path = f"{self.config_path}.{snake(key)}"
-        return Entry(self.reader, self.raw[key], self.at(key), self.where(key), config_path, known)
-
-
-def snake(key: str) -> str:
-    """ "baseUrl" -> "base_url"."""
-    return re.sub(r"(?<=[a-z0-9])([A-Z])", r"_\1", key).lower()
-
-
 def native_root(url: str) -> str:
     """Ollama's own root: "http://h:11434/api/" and "http://h:11434/v1" -> "http://h:11434"."""
     url = url.rstrip("/")
@@ -370,8 +239,4 @@ def _runtime(raw: object) -> str:
     if raw == "":
         return ""
     near = parsing.nearest(raw.replace(".", "").replace(" ", ""), RUNTIMES) if isinstance(raw, str) else ""
-    raise Refused("unknown runtime", nearest=near, hint=_list(RUNTIMES))
-
-
-def _list(names: Any) -> str:
-    return "valid: " + ", ".join(names)
+    raise Refused("unknown runtime", nearest=near, hint="valid: " + ", ".join(RUNTIMES))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
 import tomllib
@@ -243,7 +242,6 @@ def _read_env_file(path: Path, collect: Collector) -> dict[str, tuple[str, int]]
     from dotenv.parser import parse_stream
 
     text = _read(path, collect)
-    logging.getLogger("dotenv").addHandler(logging.NullHandler())
     found: dict[str, tuple[str, int]] = {}
     for binding in parse_stream(io.StringIO(text)):
         line = binding.original.line + len(binding.original.string) - len(binding.original.string.lstrip("\r\n"))

@@ -33,8 +33,8 @@ import msgspec
 from gateway.identity.principals import Principal
 
 PREFIX: Final = "llmgw_"
-#: a longer credential is no key: refused before any work is done for it
-PRESENTED_MAX_BYTES: Final = 512
+#: a longer credential is no key: refused before any work is done for it (the configuration takes none longer)
+PRESENTED_MAX_CHARS: Final = 512
 
 _ID_CHARS: Final = 10
 _SECRET_BYTES: Final = 32
@@ -122,12 +122,14 @@ class KeyRing:
 
     def authenticate(self, presented: str | bytes) -> Principal | None:
         """Who presents this key, or None. Takes the same work whether or not the key is known."""
+        if len(presented) > PRESENTED_MAX_CHARS:
+            return None
         if isinstance(presented, str):
             try:
                 presented = presented.encode("utf-8", "surrogateescape")
             except UnicodeEncodeError:
                 return None
-        if len(presented) > PRESENTED_MAX_BYTES or (generated(presented) and not intact(presented)):
+        if generated(presented) and not intact(presented):
             return None
         digest = self._digest(presented)
         kept, principal = self._by_digest.get(digest, _NOBODY)
