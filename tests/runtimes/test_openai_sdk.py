@@ -54,14 +54,10 @@ async def test_async_chat_and_stream(door: Door) -> None:
 
 def test_a_stream_has_the_text_of_the_whole_answer(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="smol", messages=QUESTION, max_tokens=24, **FIXED)
-    chunks = list(
-        client.chat.completions.create(model="smol", messages=QUESTION, max_tokens=24, stream=True, **FIXED)
-    )
+    chunks = list(client.chat.completions.create(model="smol", messages=QUESTION, max_tokens=24, stream=True, **FIXED))
     # a chunk without choices is a usage chunk, and nobody asked for one: clients index choices[0] blindly
     assert all(len(chunk.choices) == 1 and chunk.usage is None for chunk in chunks)
-    assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
-    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert len(chunks) > 5
 
@@ -103,9 +99,7 @@ def test_tools_reach_the_runtime(client: openai.OpenAI) -> None:
 
 def test_completions(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="smol", prompt="Once upon a time", max_tokens=8, **FIXED)
-    stream = client.completions.create(
-        model="smol", prompt="Once upon a time", max_tokens=8, stream=True, **FIXED
-    )
+    stream = client.completions.create(model="smol", prompt="Once upon a time", max_tokens=8, stream=True, **FIXED)
     assert answer.choices[0].text
     assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == answer.choices[0].text
 
