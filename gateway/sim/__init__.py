@@ -23,7 +23,7 @@ when `tool_choice` is "required" or names it, or with `"sim": {"tool_call": true
     text      tokenizer, sentences, vectors
     faults    Faults: what to do wrong
     dialect   request body -> Call, errors; shapes: Call -> bytes; exposition: /metrics
-    connection, generation, server    the socket side
+    connection, response, generation, server    the socket side
     cli       `llm-gateway sim serve`, and `demo_engine()`, the provider shown when no runtime is found
 """
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gateway.sim.connection import Connection, Received, Response
+from gateway.sim.connection import Connection, Received
 from gateway.sim.dialect import DONE, ENGINE_DEAD, ERROR_EVENT, Call, error_body
 from gateway.sim.engine import Event, Request
+from gateway.sim.response import Response
 from gateway.sim.shapes import Shape
 
 if TYPE_CHECKING:

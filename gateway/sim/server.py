@@ -14,12 +14,13 @@ from typing import Any
 
 import orjson
 
-from gateway.sim.connection import Connection, Received, Response
+from gateway.sim.connection import Connection, Received
 from gateway.sim.dialect import VERSION, ApiError, Call, error_body, load, model_of, parse_call
 from gateway.sim.engine import Engine, Request
 from gateway.sim.exposition import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram, exposition
 from gateway.sim.faults import NONE, Faults, parse_pairs
 from gateway.sim.generation import Generation
+from gateway.sim.response import Response
 from gateway.sim.shapes import embeddings_body, models_body
 
 _ROUTES = {

@@ -61,10 +61,8 @@ async def ask(
     raw = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     reader, writer = await asyncio.open_connection(sim.host, sim.port, limit=1 << 24)
     method = method or ("GET" if body is None else "POST")
-    writer.write(
-        f"{method} {path} HTTP/1.1\r\nhost: sim\r\nconnection: close\r\n{headers}content-length: {len(raw)}\r\n\r\n".encode()
-        + raw
-    )
+    head = f"{method} {path} HTTP/1.1\r\nhost: sim\r\nconnection: close\r\n{headers}content-length: {len(raw)}\r\n\r\n"
+    writer.write(head.encode() + raw)
     data, reset = b"", False
     try:
         async with asyncio.timeout(timeout_s):
