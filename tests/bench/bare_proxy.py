@@ -27,7 +27,7 @@ _HOP_BY_HOP = {
 }
 _HOP_BY_HOP |= {"te", "trailer", "transfer-encoding", "upgrade"}
 _BODY_LIMIT_BYTES = 64 << 20
-_WHOLE_BODY_BYTES = 64 << 10
+_WHOLE_BODY_BYTES = 1 << 20  # measured: reading first is faster up to about here, passing on as it comes above
 _SESSION = web.AppKey("session", aiohttp.ClientSession)
 
 

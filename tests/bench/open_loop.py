@@ -97,6 +97,8 @@ def measure(job: Job) -> dict[str, object]:
             else:
                 latencies.append(time.perf_counter() - due_at)
                 idle.append(connection)
+    for connection in (*idle, *waiting):
+        connection.close()
     lost = total - len(latencies) - sum(errors.values())
     if lost:
         errors["unfinished"] += lost

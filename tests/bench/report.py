@@ -63,7 +63,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Cell]]:
         for contestant, rounds in values.get(name, {}).items():
             if not rounds:
                 continue
-            ratios = [value / reference[n] for n, value in rounds.items() if reference.get(n, 0) > 0]
+            ratios = [value / reference[n] for n, value in rounds.items() if min(value, reference.get(n, 0)) > 0]
             figures = list(rounds.values())
             table.setdefault(name, {})[contestant] = Cell(
                 statistics.median(figures),

@@ -91,7 +91,7 @@ class Session:
                 for name in names[shift:] + names[:shift]:
                     if name == "direct" and measure in measures.FRESH:
                         continue  # the mock's memory is nobody's concern
-                    for attempt in range(_ATTEMPTS):
+                    for attempt in range(1 if self.options.quick else _ATTEMPTS):
                         if time.monotonic() - started_at > self.options.limit_s:
                             self.say(f"out of time in round {turn + 1}")
                             return
@@ -148,4 +148,5 @@ def line(row: dict[str, Any]) -> str:
     marks = [name for name in ("noisy", "harness_bound") if row[name]]
     marks += [f"{kind}={count}" for kind, count in row["errors"].items()]
     text = f"round {row['round'] + 1} {row['measure']:10} {row['contestant']:13} {figures} | {cores}"
-    return f"{text} foreign={row.get('foreign_pct', 0):.0f}% {' '.join(marks)}".rstrip()
+    what = row.get("sample") or row.get("stderr") or ""
+    return f"{text} foreign={row.get('foreign_pct', 0):.0f}% {' '.join(marks)} {what}".rstrip()
