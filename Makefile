@@ -17,17 +17,17 @@ run: $(VENV)/.installed ## install from the lock and serve on 127.0.0.1:8700 (AR
 	@$(VENV)/bin/llm-gateway serve $(ARGS)
 
 test: $(VENV)/.installed-dev ## the whole suite, without the tests that need a real runtime (ARGS="-k ...")
-	$(VENV)/bin/pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(ARGS)
 
 test-runtimes: $(VENV)/.installed-dev ## build or reuse llama.cpp and a small model, and test against them
 	$(VENV)/bin/python tests/runtimes/prepare.py
-	$(VENV)/bin/pytest tests/runtimes $(ARGS)
+	$(VENV)/bin/python -m pytest tests/runtimes $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, format, types, import rules
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
-	$(VENV)/bin/pytest -q tests/test_imports.py tests/test_house.py
+	$(VENV)/bin/python -m pytest -q tests/test_imports.py tests/test_house.py
 
 bench: $(VENV)/.installed-dev ## compare with a bare proxy, nginx and no proxy (ARGS="...")
 	$(VENV)/bin/python -m tests.bench $(ARGS)
