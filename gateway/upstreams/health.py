@@ -83,15 +83,18 @@ class Prober:
             await asyncio.sleep(max(0.01, min(soonest_at - self._clock(), self._recheck_s)))
 
     async def _probe(self, upstream: Upstream) -> None:
-        health = await self._control.probe(upstream)
-        wait_s = self._recheck_s if health.status == "unreachable" else self._interval_s
-        self._next_at[upstream] = self._clock() + wait_s * self._spread(1 - self._jitter, 1 + self._jitter)
-        finding = (health.status, upstream.models)
-        if self._told.get(upstream) == finding:
-            return
-        self._told[upstream] = finding
+        wait_s = self._interval_s
         try:
-            self._on_change(upstream)
+            if (await self._control.probe(upstream)).status == "unreachable":
+                wait_s = self._recheck_s
+            self._tell(upstream)
         except Exception:
-            # A listener's defect must not end the probing of the whole fleet.
-            log.exception("on_change failed for %s", upstream.name)
+            # One defect, here or in a listener, must not end the probing of the whole fleet.
+            log.exception("probing %s failed", upstream.name)
+        self._next_at[upstream] = self._clock() + wait_s * self._spread(1 - self._jitter, 1 + self._jitter)
+
+    def _tell(self, upstream: Upstream) -> None:
+        finding = (upstream.health.status, upstream.models)
+        if self._told.get(upstream) != finding:
+            self._told[upstream] = finding
+            self._on_change(upstream)

@@ -129,7 +129,8 @@ async def test_a_defect_of_the_listener_does_not_end_the_probing(caplog: pytest.
     prober = Prober(cast(Control, scene.findings), lambda: scene.upstreams, broken, clock=lambda: scene.now)
     with caplog.at_level(logging.ERROR):
         await prober.probe_due()
-    assert "on_change failed for a" in caplog.text
+    assert "probing a failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
     scene.now = 20
     await prober.probe_due()
     assert scene.findings.probed == ["a", "a"]
