@@ -21,7 +21,7 @@ DEMO_OPENING = (
 def demo_engine(port: int = 0) -> SimServer:
     """The preset behind the provider `demo`: model "demo", about 40 tokens/s, and a text that says what it is."""
     engine = Engine(speed=1.0, pace=Pace(a=0.05, c=0.025, d=0.0, e=0.0))
-    return SimServer(("demo",), engine=engine, port=port, opening=DEMO_OPENING)
+    return SimServer(("demo",), engine=engine, port=port, opening=DEMO_OPENING, keep=0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
