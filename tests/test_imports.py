@@ -43,7 +43,8 @@ ROOMS: dict[str, frozenset[str]] = {
     ),
     "middleware": frozenset({"answer", "exchange", "errors", "limits", "identity", "metrics", "ledger", "log", "wire"}),
     "app": ANY,
-    "server": frozenset({"app", "answer", "config", "identity", "log", "errors"}),
+    "welcome": frozenset({"catalog", "config", "detect", "identity", "upstreams", "runtimes", "sim", "errors"}),
+    "server": frozenset({"app", "answer", "config", "identity", "log", "errors", "welcome"}),
     "cli": frozenset({"app", "server", "config", "errors", "identity", "detect", "catalog", "sim", "log"}),
     "__main__": frozenset({"cli"}),
 }
