@@ -9,7 +9,8 @@ from typing import Final
 
 from gateway.errors import UpstreamError
 from gateway.runtimes import RUNTIMES, guess
-from gateway.upstreams.control import Answer, Control, error_text
+from gateway.upstreams.control import Answer, Control
+from gateway.upstreams.reasons import error_text
 
 #: port -> the runtimes whose default it is
 PORTS: Final[tuple[tuple[int, tuple[str, ...]], ...]] = (

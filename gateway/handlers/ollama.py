@@ -29,7 +29,8 @@ from gateway.errors import (
 )
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import BodyLimits, read_body
-from gateway.upstreams.control import Control, Stream, error_text
+from gateway.upstreams.control import Control, Stream
+from gateway.upstreams.reasons import error_text
 from gateway.upstreams.upstream import Upstream
 from gateway.wire.ndjson import NdjsonSplitter
 

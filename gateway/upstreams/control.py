@@ -8,7 +8,6 @@ Foreign errors are translated here, once: what leaves is a `GatewayError` or a `
 from __future__ import annotations
 
 import asyncio
-import errno
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -19,14 +18,13 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from gateway.errors import UpstreamBroken, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.upstreams.reasons import FOREIGN, TooLarge, error_text, explain
 from gateway.upstreams.upstream import Health, Upstream
 
 #: Bodies beyond this are refused. The largest model lists in the wild (aggregators) are about 1 MiB.
 BODY_MAX_BYTES: Final = 8 * 1024 * 1024
 #: Runtimes on uvicorn and llama.cpp close idle connections after 5 s; a shorter life avoids the race.
 _IDLE_S: Final = 3.0
-_REASON_MAX: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +198,8 @@ class Control:
                 async with asyncio.timeout(self.timeout_s):
                     reason, latency_s = await self._visit(upstream)
                 upstream.health = Health("degraded" if reason else "ok", reason, latency_s, self.clock())
-            except _FOREIGN as error:
-                upstream.health = Health("unreachable", _explain(error, self.timeout_s)[1], None, self.clock())
+            except FOREIGN as error:
+                upstream.health = Health("unreachable", explain(error, self.timeout_s)[1], None, self.clock())
             return upstream.health
 
     async def _visit(self, upstream: Upstream) -> tuple[str, float]:
@@ -267,48 +265,13 @@ class Control:
         return self._session
 
 
-class _TooLarge(Exception):
-    """The body went over the cap."""
-
-
-#: what the client library raises when an exchange fails (TimeoutError is an OSError)
-_FOREIGN: Final = (aiohttp.ClientError, OSError, _TooLarge)
-
-
 @contextmanager
 def _translated(name: str, timeout_s: float) -> Iterator[None]:
     try:
         yield
-    except _FOREIGN as error:
-        kind, reason = _explain(error, timeout_s)
+    except FOREIGN as error:
+        kind, reason = explain(error, timeout_s)
         raise kind(f"{name}: {reason}") from error
-
-
-def _explain(error: BaseException, timeout_s: float) -> tuple[type[UpstreamError], str]:
-    """The error class and the reason in words for something `_FOREIGN`."""
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return UpstreamUnreachable, f"DNS: the name {error.host!r} cannot be resolved"
-    if isinstance(error, aiohttp.ClientSSLError):
-        return UpstreamUnreachable, f"TLS: {_clean(str(error))}"
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return UpstreamUnreachable, "no connection in time"
-    if isinstance(error, TimeoutError):
-        return UpstreamTimeout, f"timed out after {timeout_s:g} s"
-    if isinstance(error, aiohttp.ClientConnectorError):
-        if error.os_error.errno == errno.ECONNREFUSED:
-            return UpstreamUnreachable, "connection refused"
-        return UpstreamUnreachable, _clean(error.os_error.strerror or str(error.os_error))
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return UpstreamBroken, "closed the connection without an answer"
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return UpstreamBroken, "the answer was cut"
-    if isinstance(error, aiohttp.ClientResponseError):
-        return UpstreamBroken, "the answer is not valid HTTP"
-    if isinstance(error, _TooLarge):
-        return UpstreamBroken, f"the answer is larger than {BODY_MAX_BYTES // 2**20} MiB"
-    if isinstance(error, OSError) and error.strerror:
-        return UpstreamBroken, _clean(error.strerror)
-    return UpstreamBroken, _clean(str(error)) or type(error).__name__
 
 
 def _complaint(upstream: Upstream, answer: Answer) -> str:
@@ -323,30 +286,6 @@ def _complaint(upstream: Upstream, answer: Answer) -> str:
         return f"{answer.status}: it redirects, and redirects are not followed; set baseUrl to the final address"
     reason = answer.reason()
     return reason.replace(upstream.api_key, "***") if upstream.api_key else reason
-
-
-def error_text(body: bytes) -> str:
-    """The message in an error body of any of the families, "" where there is none; one line, at most 200
-    characters.
-
-    Shapes seen: `{"error": {"message"}}`, `{"error": "text"}`, `{"detail": "text"}`, `{"message": "text"}`.
-    """
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return ""
-    if not isinstance(document, dict):
-        return ""
-    told = document.get("error") or document.get("detail") or document.get("message")
-    if isinstance(told, dict):
-        told = told.get("message")
-    return _clean(told) if isinstance(told, str) else ""
-
-
-def _clean(text: str) -> str:
-    """One line without control characters, for logs and answers."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * _REASON_MAX]).split())
-    return line if len(line) <= _REASON_MAX else line[: _REASON_MAX - 1] + "…"
 
 
 def _url(upstream: Upstream, path: str) -> str:
@@ -366,6 +305,6 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
     async for piece in response.content.iter_any():
         size += len(piece)
         if size > BODY_MAX_BYTES:
-            raise _TooLarge
+            raise TooLarge(BODY_MAX_BYTES)
         pieces.append(piece)
     return b"".join(pieces)

@@ -15,7 +15,8 @@ from aioresponses import aioresponses
 from gateway.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
 from gateway.runtimes import RUNTIMES
 from gateway.upstreams import control as control_module
-from gateway.upstreams.control import Control, error_text
+from gateway.upstreams.control import Control
+from gateway.upstreams.reasons import error_text
 from gateway.upstreams.upstream import Upstream
 from tests.replay import Faults, Recording, Replay, load
 
