@@ -252,7 +252,9 @@ def _malformed(raw: bytes, reason: str) -> str:
     if raw.startswith(b"\xef\xbb\xbf"):
         return "The request body begins with a byte order mark: JSON is sent without one."
     position = _POSITION.search(reason)
-    where = f"at byte {position[1]}" if position else "it ends too early"
+    where = f"at byte {position[1]}" if position else "it ends too early, or with half a surrogate pair"
+    if "surrogate" in reason or "hex escape" in reason:
+        where += ", half of a surrogate pair"
     return f"The request body is not valid JSON ({where})."
 
 

@@ -93,7 +93,7 @@ _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 #: every byte a header line may hold; obs-text (0x80 and above) passes as it came
 _FINE = bytes(byte for byte in range(256) if byte >= 32 and byte != 127) + b"\t"
 
-_PLAIN_TARGET = re.compile(rb"(?:/[A-Za-z0-9_-]+)+")
+_PLAIN_TARGET = re.compile(rb"(?:/[\w-]+)+(?:\?[\w=&.-]*)?")
 _BAD_PATH = re.compile(
     rb"(?P<control>[^\x21-\x7e]|%[01][0-9a-f]|%7f)|(?P<backslash>\\|%5c)|(?P<fragment>#)"
     rb"|(?P<slash>//|%2f)|(?P<dot>/\.\.?(?:/|\Z)|%2e)",
