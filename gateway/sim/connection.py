@@ -174,7 +174,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes, piece_bytes: int = 0) -> None:
         """Hand bytes to the transport: at once, or `piece_bytes` at a time, each in its own turn of the loop."""
-        if self.closed:
+        if self.transport.is_closing():  # the client has gone, though connection_lost may be yet to come
             return
         if not piece_bytes and not self._drip:
             self.transport.write(data)
@@ -186,7 +186,7 @@ class Connection(asyncio.Protocol):
             self.loop.call_soon(self._drop)
 
     def _drop(self) -> None:
-        if self.closed:
+        if self.transport.is_closing():
             return
         self.transport.write(self._drip.popleft())
         if self._drip:

@@ -137,6 +137,8 @@ class Generation:
         progress = True
         while progress:
             progress = False
+            if connection.transport.is_closing():
+                return
             for index in range(self._choices):
                 if connection.paused:
                     return

@@ -249,3 +249,14 @@ async def test_tls(tmp_path: Path) -> None:
         assert not data.endswith(b"0\r\n\r\n")
         assert data.count(b"data: ") == 3
         writer.transport.abort()
+
+
+async def test_nothing_is_written_to_a_client_that_has_gone(sim: SimServer, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", sim.port)
+        writer.write(raw_chat(stream=True, max_tokens=2000))
+        await reader.read(1)
+        writer.transport.abort()
+    await eventually(lambda: sim.connections_open == 0)
+    assert caplog.text == ""
+    assert sim.engine.running == 0
