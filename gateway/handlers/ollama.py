@@ -82,6 +82,7 @@ class Ollama:
         upstream = self._configured(request)
         path = upstream.runtime.paths["ollama_list"]
         answer = await self._control.send("GET", upstream, path, timeout_s=_LIST_S)
+        request[EXCHANGE].upstream_s = answer.latency_s
         if answer.status != 200:
             raise UpstreamError(f"{upstream.name}: {answer.reason()}")
         return send(request, answer.body)
@@ -93,6 +94,7 @@ class Ollama:
         model = await _model(request)
         path = upstream.runtime.manage["delete"]
         answer = await self._control.send("DELETE", upstream, path, {"model": model}, timeout_s=_DELETE_S)
+        request[EXCHANGE].upstream_s = answer.latency_s
         if answer.status != 200:
             raise _refusal(answer.status, error_text(answer.body) or answer.reason(), "delete", model)
         return send_json(request, {"status": "success"})
@@ -111,13 +113,17 @@ class Ollama:
         _known_registry(model, self._registries)
         document = {"model": model, "stream": True}
         path = upstream.runtime.manage["pull"]
-        async with self._control.open_stream(
-            upstream, path, document, connect_s=_CONNECT_S, idle_s=_PULL_IDLE_S
-        ) as stream:
-            if stream.status != 200:
-                text = error_text(await stream.read())
-                raise _refusal(stream.status, text or f"HTTP status {stream.status}", "pull", model)
-            return await self._relay(request, upstream, stream, model)
+        began_at = self._control.clock()
+        try:
+            async with self._control.open_stream(
+                upstream, path, document, connect_s=_CONNECT_S, idle_s=_PULL_IDLE_S
+            ) as stream:
+                if stream.status != 200:
+                    text = error_text(await stream.read())
+                    raise _refusal(stream.status, text or f"HTTP status {stream.status}", "pull", model)
+                return await self._relay(request, upstream, stream, model)
+        finally:
+            request[EXCHANGE].upstream_s = self._control.clock() - began_at
 
     async def _relay(
         self, request: web.BaseRequest, upstream: Upstream, stream: Stream, model: str

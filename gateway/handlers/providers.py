@@ -63,10 +63,12 @@ class Providers:
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         providers = self._catalog.table.providers
+        exchange = request[EXCHANGE]
+        began_at = self._control.clock()
         await self._ping({upstream for provider in providers for upstream in provider.upstreams})
-        principal = request[EXCHANGE].principal
         now = self._control.clock()
-        document = {"providers": [_provider(provider, principal, now) for provider in providers]}
+        exchange.upstream_s = now - began_at
+        document = {"providers": [_provider(provider, exchange.principal, now) for provider in providers]}
         return send_json(request, document)
 
     async def _ping(self, upstreams: Iterable[Upstream]) -> None:
