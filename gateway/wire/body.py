@@ -228,8 +228,23 @@ def usage_options(body: Body) -> bytes:
     return Body(raw, _decode_object(raw)).patch({"include_usage": b"true"})
 
 
+def usage_options(body: Body) -> bytes:
+    """The value of `stream_options` with `include_usage` true; the client's other stream options stay as they are.
+
+    Raises BadRequest where the client's is no object.
+    """
+    found = body._values.get("stream_options")
+    raw = b"null" if found is None else bytes(found)
+    if raw == b"null":
+        return b'{"include_usage":true}'
+    if not raw.startswith(b"{"):
+        raise BadRequest("'stream_options' must be an object.", param="stream_options", code="invalid_type")
+    options = Body(raw, _decode_object(raw))
+    return options.patch({"include_usage": b"true"})
+
+
 def set_include_usage(body: Body) -> bytes:
-    """The body with `stream_options.include_usage` true."""
+    """The whole body with `usage_options` in place."""
     return body.patch({"stream_options": usage_options(body)})
 
 

@@ -189,9 +189,9 @@ class SseMeter(_Count):
         rest = self._splitter.rest()
         self._plain = True
         forwarded, self._released = self._released, 0
-        if not rest or self._unread:
+        if not rest:
             return b""
-        removed = self._event(rest, self._fed_at) and not forwarded
+        removed = not self._unread and self._event(rest, self._fed_at) and not forwarded
         return rest[forwarded:] if self._strip and not removed else b""
 
     def _event(self, event: bytes, now: float) -> bool:

@@ -171,6 +171,13 @@ def test_a_line_of_five_mebibytes(strip: bool) -> None:
     assert (meter.events, meter.finished, meter.usage) == (1, True, Usage(7, 3))
 
 
+def test_an_endless_event_that_never_ends_passes() -> None:
+    meter = SseMeter(strip_usage=True)
+    pieces = [b"data: "] + [b"a" * 1_000_000] * 9 + [b"a" * 100]
+    out = [meter.feed(piece, 1.0) for piece in pieces]
+    assert b"".join([*out, meter.finish()]) == b"".join(pieces)
+
+
 @pytest.mark.parametrize("strip", [False, True])
 def test_an_event_beyond_what_is_kept_is_counted_unread(strip: bool) -> None:
     event = sse(chat({"content": "a" * (KEPT_BYTES + 200_000)}))
