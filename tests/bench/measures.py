@@ -109,8 +109,9 @@ def latency(bench: Bench, target: Target) -> dict[str, Any]:
 def streams(bench: Bench, target: Target) -> dict[str, Any]:
     """50 streams of 100 events 20 ms apart."""
     tokens, each = (40, 1) if bench.quick else (100, 2)
-    # The streams start one after the other within one interval, as independent clients would.
-    result = closed(bench, target, connections=50, stream=True, tokens=tokens, interval_ms=20, each=each, ramp_s=0.5)
+    # 10.4 ms apart, so that their events fall evenly over the interval, as independent clients' do: events that
+    # fall together are read in one turn of the proxy's loop, and look twice as cheap.
+    result = closed(bench, target, connections=50, stream=True, tokens=tokens, interval_ms=20, each=each, ramp_s=0.52)
     if result["window"]:
         result["figures"] = {"cpu_us_per_event": _per(result["window"], "events")}
         if first := result["first_ms"]:
@@ -158,7 +159,7 @@ def bodies_8mb(bench: Bench, target: Target) -> dict[str, Any]:
 def memory(bench: Bench, target: Target) -> dict[str, Any]:
     """Streams that stay open, 400 ms between events, in a process just started and warmed by 20 requests."""
     connections, ramp_s = (200, 0.5) if bench.quick else (800, 1.5)
-    tokens = 4 if bench.quick else 7
+    tokens = 3 if bench.quick else 7
     result = closed(
         bench,
         target,

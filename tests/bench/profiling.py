@@ -32,7 +32,14 @@ _LOADS = {
     "streams": (
         "events",
         "event",
-        {"connections": 50, "stream": True, "tokens": 100, "interval_ms": 20, "each": _SECONDS // 2 + 1, "ramp_s": 0.5},
+        {
+            "connections": 50,
+            "stream": True,
+            "tokens": 100,
+            "interval_ms": 20,
+            "each": _SECONDS // 2 + 1,
+            "ramp_s": 0.52,
+        },
     ),
 }
 

@@ -81,26 +81,39 @@ class Session:
         finally:
             contestant.close()
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """One row per run: contestant, measure, round, figures, errors, who used how much CPU."""
-        started_at = time.monotonic()
+    def _plan(self) -> list[tuple[int, str, str]]:
+        """(round, measure, contestant) in the order of the runs: contestants take turns, the first one rotates."""
         names = [name for name in self.options.contestants if name not in self.failures]
-        for turn in range(self.options.rounds):
-            shift = turn % len(names) if names else 0
-            for measure in self.options.measures:
-                for name in names[shift:] + names[:shift]:
-                    if name == "direct" and measure in measures.FRESH:
-                        continue  # the mock's memory is nobody's concern
-                    for attempt in range(1 if self.options.quick else _ATTEMPTS):
-                        if time.monotonic() - started_at > self.options.limit_s:
-                            self.say(f"out of time in round {turn + 1}")
-                            return
-                        row = self._row(name, measure, turn, attempt)
-                        self.say(line(row))
-                        yield row
-                        if not row["noisy"]:
-                            break
-                        time.sleep(0.5)
+        return [
+            (turn, measure, names[(turn + i) % len(names)])
+            for turn in range(self.options.rounds)
+            for measure in self.options.measures
+            for i in range(len(names))
+            # The mock's memory and start are nobody's concern.
+            if not (names[(turn + i) % len(names)] == "direct" and measure in measures.FRESH)
+        ]
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row per run: contestant, measure, round, figures, errors, who used how much CPU.
+
+        A noisy run is done again, as far as the time allows: repetitions never cost a later round its run.
+        """
+        started_at, limit_s = time.monotonic(), self.options.limit_s
+        plan = self._plan()
+        for done, (turn, measure, name) in enumerate(plan, 1):
+            for attempt in range(1 if self.options.quick else _ATTEMPTS):
+                elapsed_s = time.monotonic() - started_at
+                if elapsed_s > limit_s:
+                    self.say(f"out of time in round {turn + 1}")
+                    return
+                if attempt and elapsed_s > limit_s * done / len(plan):
+                    break
+                row = self._row(name, measure, turn, attempt)
+                self.say(line(row))
+                yield row
+                if not row["noisy"]:
+                    break
+                time.sleep(0.5)
 
     def _row(self, name: str, measure: str, turn: int, attempt: int) -> dict[str, Any]:
         row: dict[str, Any] = {"contestant": name, "measure": measure, "round": turn, "attempt": attempt}
