@@ -218,17 +218,6 @@ class Body:
 
 
 def usage_options(body: Body) -> bytes:
-    """The value of `stream_options` with `include_usage` true; the client's other options stay as they are."""
-    found = body._values.get("stream_options")
-    if found is None or bytes(memoryview(found)[:5]) == b"null":
-        return b'{"include_usage":true}'
-    raw = bytes(found)
-    if not raw.startswith(b"{"):
-        raise BadRequest("'stream_options' must be an object.", param="stream_options", code="invalid_type")
-    return Body(raw, _decode_object(raw)).patch({"include_usage": b"true"})
-
-
-def usage_options(body: Body) -> bytes:
     """The value of `stream_options` with `include_usage` true; the client's other stream options stay as they are.
 
     Raises BadRequest where the client's is no object.

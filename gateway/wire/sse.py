@@ -95,6 +95,11 @@ def parse_event(event: bytes) -> tuple[bytes, bytes]:
     """Name and data of one event, as the standard says: data lines joined by LF, comments and other fields dropped."""
     if event.startswith(_BOM):
         event = event[3:]
+    end = event.find(b"\n")
+    if end < 0:
+        end = len(event)
+    if event.startswith(b"data:") and end >= len(event) - 2 and 13 not in event:  # the usual one line
+        return b"", event[6 if event[5:6] == b" " else 5 : end]
     name, data = b"", []
     for line in event.split(b"\n") if b"\r" not in event else _LINE_END.split(event):
         if line.startswith(b"data:"):

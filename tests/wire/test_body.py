@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import BadRequest
-from gateway.wire.body import GUARDED, Body, set_include_usage
+from gateway.wire.body import GUARDED, Body, set_include_usage, usage_options
 
 
 def refused(raw: bytes) -> BadRequest:
@@ -195,6 +195,7 @@ def test_set_include_usage() -> None:
         b'{"stream_options":{"include_usage":true, "continuous_usage_stats":true}}'
     )
     assert done(b'{"stream_options":{"x":1}}') == b'{"stream_options":{"x":1,"include_usage":true}}'
+    assert usage_options(Body.parse(b'{"stream_options":{"x":1}}')) == b'{"x":1,"include_usage":true}'
     for raw in (b'{"stream_options":[]}', b'{"stream_options":{"include_usage":true,"include_usage":false}}'):
         with pytest.raises(BadRequest):
             done(raw)

@@ -89,6 +89,12 @@ def test_an_event_is_given_with_its_last_byte() -> None:
         (b": ping\ndata: a\nid: 1\nretry: 5\n\n", b"", b"a"),
         (b"\xef\xbb\xbfdata: a\n\n", b"", b"a"),
         (b"data\n\n", b"", b""),
+        (b"data:", b"", b""),
+        (b"data:\n\n", b"", b""),
+        (b"data: ", b"", b""),
+        (b"data: x", b"", b"x"),
+        (b"data: x\n", b"", b"x"),
+        (b"data: x\nd", b"", b"x"),
         (b"", b"", b""),
     ],
 )
