@@ -6,5 +6,6 @@ times come in as arguments (seconds on a monotonic clock). Everything is fed byt
 - `body`     one pass over a request's JSON: top-level spans, typed peeks, duplicate keys, splices
 - `headers`  which headers may pass, in either direction
 - `sse`, `ndjson`  cut a stream into events without changing a byte
-- `usage`    `Usage`, and the meters that count an answer as its bytes pass
+- `tokens`   `Usage`, and reading it (or an error) from an answer's JSON, in every shape the runtimes use
+- `usage`    the meters that count an answer as its bytes pass; the door to `tokens`
 """

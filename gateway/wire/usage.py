@@ -35,6 +35,17 @@ _JSON_TEXT = re.compile(rb'"(?:content|text|response|arguments)"\s*:\s*"([^"\\]*
 _ENDS = frozenset({b"message_stop", b"response.completed", b"response.incomplete"})
 
 
+def _member(pattern: re.Pattern[bytes], name: bytes, data: bytes) -> re.Match[bytes] | None:
+    """`pattern.search(data)` for a pattern that begins with `name`: `bytes.find` skips through megabytes faster."""
+    at = data.find(name)
+    while at >= 0:
+        match = pattern.match(data, at)
+        if match is not None:
+            return match
+        at = data.find(name, at + 1)
+    return None
+
+
 class Meter(Protocol):
     """The tap on one answer's bytes. Times are the caller's monotonic seconds."""
 
@@ -225,7 +236,7 @@ class SseMeter(_Count):
             return False
         kind = name
         if not name or name == b"message":
-            typed = _TYPE.search(data)
+            typed = _member(_TYPE, b'"type"', data)
             kind = b"" if typed is None else typed[1]
         content: re.Match[bytes] | None = None
         if kind.startswith(b"response."):
@@ -238,7 +249,7 @@ class SseMeter(_Count):
             content = _CONTENT.search(data)
             if content is None and _TOOL_CALL.search(data) is not None:
                 self._content(now)
-            if _FINISH.search(data) is not None:
+            if _member(_FINISH, b'"finish_reason"', data) is not None:
                 self._end()
         if content is not None:
             self._content(now)
