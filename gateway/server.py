@@ -15,10 +15,12 @@ from typing import Any, Final
 import aiohttp
 from aiohttp import http_parser, web
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.http_writer import StreamWriter
+from aiohttp.streams import StreamReader
+from aiohttp.web_protocol import ERROR, RequestHandler, _ErrInfo
 
 from gateway import log
-from gateway.answer import send_error
+from gateway.answer import Sent, send_error
 from gateway.app import App
 from gateway.config import Config, Listen
 from gateway.errors import BadRequest, GatewayError, VersionNotSupported
@@ -33,9 +35,9 @@ LAST_WORDS_S: Final = 0.5
 
 
 class ClientProtocol(RequestHandler):
-    """aiohttp's server side of one client connection, with two additions.
+    """aiohttp's server side of one client connection, with three changes.
 
-    `on_resume` is called when the client reads again after its buffer was full. Errors that arise before a request
+    Requests are handled without a task of their own (`start`). `on_resume` is called when the client reads again after its buffer was full. Errors that arise before a request
     exists (the parser's) are answered in our own shape and show no byte of what was sent.
     """
 
@@ -44,6 +46,80 @@ class ClientProtocol(RequestHandler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.on_resume: Callable[[], None] | None = None
+
+    async def start(self) -> None:
+        """Answer this connection's requests, one after the other, in the connection's own task.
+
+        aiohttp makes a task for each request, so that each has its own context variables. Nothing here uses any, and
+        the further task with its two wake-ups is a tenth of what a small request costs (docs/decisions.md).
+        """
+        loop = self._loop
+        manager = self._manager
+        handler = self._request_handler
+        make_request = self._request_factory
+        assert manager is not None and handler is not None and make_request is not None
+        task = self._task_handler or asyncio.current_task()
+        assert task is not None
+        while not self._force_close:
+            if not self._messages:
+                self._waiter = loop.create_future()
+                try:
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            message, payload = self._messages.popleft()
+            if self._parser is not None:
+                self._parser.message_consumed()
+            if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+                self._resume_reading_if_drained()
+            manager.requests_count += 1
+            answer = handler
+            if isinstance(message, _ErrInfo):
+                answer = self._make_error_handler(message)
+                message = ERROR
+            request = make_request(message, payload, self, StreamWriter(self, loop), task)
+            try:
+                response, client_gone = await self._handle_request(request, None, answer)
+            except ConnectionError:
+                break
+            except BaseException:
+                self.force_close()
+                raise
+            finally:
+                request._task = None  # type: ignore[assignment]  # breaks the cycle request -> task -> this frame
+            if client_gone:
+                break
+            self._keepalive = bool(response.keep_alive)
+            if not payload.is_eof():
+                await self._linger(payload)
+            if not self._keepalive or self._close or self._force_close:
+                break
+            close_at = loop.time() + self._keepalive_timeout
+            self._next_keepalive_close_time = close_at
+            if self._keepalive_handle is None:
+                self._keepalive_handle = loop.call_at(close_at, self._process_keepalive)
+        if not self._force_close:
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if type(resp) is Sent and not self._upgraded:
+            return resp, False
+        return await super().finish_response(request, resp, start_time)
+
+    async def _linger(self, payload: StreamReader) -> None:
+        """Read and drop what is left of a request's body, for a while: closing at once would reset the connection
+        and could take the answer from a client that is still sending.
+        """
+        try:
+            async with asyncio.timeout(self._lingering_time):
+                while not payload.is_eof() and not self._force_close:
+                    await payload.readany()
+        except TimeoutError:
+            self._keepalive = False
 
     def resume_writing(self) -> None:
         super().resume_writing()
