@@ -121,6 +121,11 @@ class ClientProtocol(RequestHandler):
         except TimeoutError:
             self._keepalive = False
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Asked by the body's reader whenever it has room, which is always; there is work only after a pause."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.on_resume is not None:

@@ -20,7 +20,7 @@ from gateway.wire.headers import request_headers
 if TYPE_CHECKING:
     from gateway.handlers.proxy import Surface
 
-TOOL_FIELDS: Final = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call")
+TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
 #: A body's rate is judged only after this time, so that a slow start is no offence.
 RATE_GRACE_S: Final = 5.0
 
@@ -123,11 +123,9 @@ def resolve(
     plan.headers = request_headers(request.raw_headers)
     if surface.local and provider is not None:
         plan.remove = ("provider",)
-    for field in TOOL_FIELDS:
-        if body.has(field):
-            plan.tools = True
-            _choose_for_tools(plan, name, reject_tools)
-            break
+    if not TOOL_FIELDS.isdisjoint(body.keys()):
+        plan.tools = True
+        _choose_for_tools(plan, name, reject_tools)
     stream = surface.stream
     if stream is None:
         exchange.stream = bool(body.stream)

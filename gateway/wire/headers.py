@@ -15,7 +15,6 @@ from gateway.errors import BadRequest, UpstreamBroken
 REQUEST_PASS = frozenset(
     {
         "accept",  # some runtimes choose between SSE and JSON by it
-        "content-type",  # multipart bodies name their boundary in it
         "traceparent",  # W3C Trace Context: the runtime's spans join the client's trace
         "tracestate",
         "anthropic-version",  # these three change what the body means
@@ -89,6 +88,10 @@ _RESPONSE_NAMES |= {raw: _DROP for name in _RESPONSE_DROP for raw in _spellings(
 _RESPONSE_NAMES |= dict.fromkeys(_spellings("connection"), _CONNECTION)
 _RESPONSE_NAMES |= dict.fromkeys(_spellings("content-encoding"), _ENCODING)
 
+# Verdicts on names as clients spell them; clients are few and send the same ones with every request.
+_seen: dict[bytes, bytes] = {}
+_SEEN_MAX = 1024
+
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 #: every byte a header line may hold; obs-text (0x80 and above) passes as it came
 _FINE = bytes(byte for byte in range(256) if byte >= 32 and byte != 127) + b"\t"
@@ -117,14 +120,24 @@ def request_headers(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
     """
     passed = []
     for raw, value in items:
-        if 95 in raw:
-            raise BadRequest("A header name with an underscore is refused: write '-'.", code="invalid_header")
-        name = _REQUEST_NAMES.get(raw) or _REQUEST_NAMES.get(raw.lower())
-        if name is not None:
+        name = _seen.get(raw)
+        if name is None:
+            name = _judge(raw)
+        if name:
             if value.translate(None, _FINE):
                 raise BadRequest("A header value holds a control character.", code="invalid_header")
             passed.append((name, value))
     return passed
+
+
+def _judge(raw: bytes) -> bytes:
+    """The name to send for a header name as it came, b"" for one that stays here; remembered, up to a bound."""
+    if 95 in raw:
+        raise BadRequest("A header name with an underscore is refused: write '-'.", code="invalid_header")
+    name = _REQUEST_NAMES.get(raw.lower(), b"")
+    if len(_seen) < _SEEN_MAX:
+        _seen[raw] = name
+    return name
 
 
 def response_headers(pairs: list[tuple[bytes, bytes]]) -> bytes:
@@ -138,9 +151,7 @@ def response_headers(pairs: list[tuple[bytes, bytes]]) -> bytes:
 
 def _response_headers(pairs: list[tuple[bytes, bytes]], named: frozenset[bytes]) -> bytes:
     lines = []
-    size = 0
     for name, value in pairs:
-        size += len(name) + len(value)
         action = _RESPONSE_NAMES.get(name) or _action(name)
         if action == _DROP or (named and name.lower() in named):
             continue
@@ -152,9 +163,10 @@ def _response_headers(pairs: list[tuple[bytes, bytes]], named: frozenset[bytes])
                 return _response_headers(pairs, named | options)
         elif value.strip().lower() != b"identity":
             lines.append(name + b": " + value)
-    if size > ANSWER_HEAD_BYTES:
+    text = b"".join(lines)
+    if len(text) > ANSWER_HEAD_BYTES:
         raise UpstreamBroken("The upstream's answer has more than 64 KiB of headers.")
-    if b"".join(lines).translate(None, _FINE):
+    if text.translate(None, _FINE):
         raise UpstreamBroken("The upstream's answer has a control character in a header.")
     lines.append(_ADDED)
     return b"\r\n".join(lines)

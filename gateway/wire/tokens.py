@@ -98,6 +98,13 @@ class _Document(Struct):
     prompt_eval_count: Raw | UnsetType = UNSET
 
 
+class _Answer(Struct):
+    """The plainest unstreamed answer: a usage of the expected types, and no error."""
+
+    usage: _Counters
+    error: Raw | UnsetType = UNSET
+
+
 class _Choice(Struct):
     delta: dict[str, Raw] | UnsetType = UNSET
     finish_reason: Raw | UnsetType = UNSET
@@ -112,6 +119,7 @@ class _Error(Struct):
 _counters = Decoder(_Counters, strict=False)
 _anything = Decoder(strict=False)
 _document = Decoder(_Document)
+_answer = Decoder(_Answer)
 _choices = Decoder(list[_Choice])
 _error = Decoder(_Error)
 _text = Decoder(str)
@@ -192,6 +200,18 @@ class Report:
         self.usage = usage
         self.error = error  # at most ERROR_CHARS
         self.trailing = trailing  # a usage chunk that carries nothing else
+
+
+def answer_usage(document: bytes | memoryview) -> Usage | None:
+    """The usage of a plain unstreamed answer in one pass; None for anything out of the ordinary, which `read` knows."""
+    try:
+        found = _answer.decode(document)
+    except UNREADABLE:
+        return None
+    if found.error is not UNSET:
+        return None
+    usage = _usage(found.usage)
+    return usage if usage is not None and (usage.prompt or usage.completion) else None
 
 
 def read(document: bytes | memoryview) -> Report | None:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from gateway.wire.ndjson import NdjsonSplitter
 from gateway.wire.sse import SseSplitter, parse_event
-from gateway.wire.tokens import Report, Usage, message_text, read, usage_from_json
+from gateway.wire.tokens import Report, Usage, answer_usage, message_text, read, usage_from_json
 
 __all__ = ["JsonMeter", "Meter", "NdjsonMeter", "SseMeter", "Usage", "new_meter", "usage_from_json"]
 
@@ -365,7 +365,12 @@ class JsonMeter(_Count):
 
     def finish(self) -> bytes:
         self.finished = True  # the framing says so; only an error inside can deny it
-        report = read(b"".join(self._kept))
+        document = self._kept[0] if len(self._kept) == 1 else b"".join(self._kept)
+        usage = answer_usage(document)
+        if usage is not None:
+            self.usage = usage
+            return b""
+        report = read(document)
         if report is not None:
             self._report(report)
         return b""
@@ -381,6 +386,8 @@ class JsonMeter(_Count):
 def new_meter(content_type: str | bytes, strip_usage: bool = False) -> SseMeter | NdjsonMeter | JsonMeter:
     """The meter for an answer of this Content-Type (parameters and case do not matter; "" for none)."""
     kind = content_type.encode("latin-1", "replace") if isinstance(content_type, str) else content_type
+    if kind == b"application/json":
+        return JsonMeter()
     kind = kind.partition(b";")[0].strip().lower()
     if kind == b"text/event-stream":
         return SseMeter(strip_usage)

@@ -109,7 +109,6 @@ def test_an_encoding_that_is_one_passes() -> None:
         (b"", b"1"),
         (b"x-a\r\n", b"1"),
         (b"x-a", b"1" * 70_000),
-        (b"set-cookie", b"1" * 70_000),
     ],
 )
 def test_hostile_response_headers(pair: tuple[bytes, bytes]) -> None:
