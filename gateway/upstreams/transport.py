@@ -23,7 +23,7 @@ from typing import Final
 
 from httptools import HttpParserError, HttpResponseParser
 
-from gateway.errors import UpstreamBroken, UpstreamError, UpstreamTimeout, UpstreamUnreachable
+from gateway.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
 from gateway.upstreams.upstream import Upstream
 
 SWEEP_S: Final = 0.05
@@ -58,7 +58,6 @@ class Reply:
         "_sink",
         "_total_at",
         "_waiter",
-        "_waiting_for_end",
         "complete",
         "content_length",
         "content_type",
@@ -71,10 +70,11 @@ class Reply:
         "sent_at",
         "status",
         "streaming",
+        "timeouts",
     )
 
     def __init__(self, connection: Connection, sent_at: float) -> None:
-        timeouts = connection.upstream.timeouts
+        timeouts = self.timeouts = connection.upstream.timeouts  # for this exchange, whatever a reload brings
         self._connection: Connection | None = connection
         self.sent_at = sent_at
         self.status = 0
@@ -90,8 +90,7 @@ class Reply:
         self._buffered_bytes = 0
         self._sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._waiting_for_end = False
-        self._error: UpstreamError | StaleConnection | None = None
+        self._error: Exception | None = None
         self._paused = False
         self._idle_s = timeouts.idle_s
         self._total_at = _NEVER if timeouts.total_s is None else sent_at + timeouts.total_s
@@ -108,16 +107,18 @@ class Reply:
     def attach(self, sink: Sink) -> None:
         """From now on every piece of body goes straight to `sink`, what was buffered first."""
         self._sink = sink
+        if self._paused:  # by the read-ahead; before the sink is called, which may have its own reason to pause
+            self.resume()
         if self._buffer:
             data = self.body()
             self._buffer.clear()
             self._buffered_bytes = 0
             sink(data)
-        if not self.complete and self._paused and self._sink is not None:
-            self.resume()
 
     def progress(self, now: float) -> None:
         """The answer moved on: the idle deadline starts anew. Comment lines are no progress; the sink decides."""
+        if self._paused:  # what was read before the pause took effect: the client is waited for, not the upstream
+            return
         idle_s = self._idle_s
         if idle_s is None or now + idle_s >= self._total_at:
             self.deadline_at = self._total_at
@@ -143,9 +144,11 @@ class Reply:
             connection.resume_reading()
 
     async def ended(self) -> None:
-        """Wait for the end of the answer. Raises UpstreamBroken or UpstreamTimeout if it was cut."""
-        if not self.complete and self._error is None:
-            self._waiting_for_end = True
+        """Wait for the end of the answer.
+
+        Raises UpstreamBroken or UpstreamTimeout if it was cut, and whatever the sink raised.
+        """
+        while not self.complete and self._error is None:
             await self._wait()
         if self._error is not None:
             raise self._error
@@ -211,7 +214,7 @@ class Reply:
             self.first_byte_at = monotonic()
         self._wake()
 
-    def fail(self, error: UpstreamError | StaleConnection) -> None:
+    def fail(self, error: Exception) -> None:
         self._connection = None
         self.deadline_at = _NEVER
         if self._error is None:
@@ -228,6 +231,7 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_complete",
+        "_ended",
         "_head_bytes",
         "_keep_alive",
         "_parser",
@@ -251,14 +255,16 @@ class Connection(asyncio.Protocol):
         self._parser = HttpResponseParser(self)
         self._pieces: list[bytes] = []
         self._complete = False
+        self._ended = False  # the upstream closed its side in order
         self._keep_alive = False
-        self._head_bytes = 0
+        self._head_bytes = 0  # read since the last piece of body: heads, chunk sizes, trailers
         self._reading_paused = False
 
     def begin(self, head: bytes, body: bytes) -> Reply:
         """Write one request. `head` ends with the empty line."""
         transport = self.transport
-        assert transport is not None and self.reply is None
+        assert transport is not None
+        assert self.reply is None
         self.requests += 1
         self._complete = False
         self._keep_alive = False
@@ -301,8 +307,7 @@ class Connection(asyncio.Protocol):
             self.abort()
             return
         reply.received = True
-        if not reply.head_complete:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except HttpParserError as error:
@@ -310,9 +315,6 @@ class Connection(asyncio.Protocol):
                 self._break(f"its answer is not valid HTTP/1.1: {_reason(error)}")
                 return
             self._keep_alive = False  # the answer is whole; what followed it is not ours
-        if not reply.head_complete and self._head_bytes > MAX_HEAD_BYTES:
-            self._break(f"its response head is larger than {MAX_HEAD_BYTES} bytes")
-            return
         pieces = self._pieces
         if self._complete:
             reply.complete = True  # before the last piece is taken: an unstreamed answer wakes its reader once
@@ -322,20 +324,35 @@ class Connection(asyncio.Protocol):
             else:
                 body = b"".join(pieces)
             pieces.clear()
-            reply.take(body)
+            self._head_bytes = 0
+            try:
+                reply.take(body)
+            except Exception as error:  # the sink's own: not the upstream's fault, and its caller's to hear
+                self.abort()
+                reply.fail(error)
+                return
+        elif self._head_bytes > MAX_HEAD_BYTES and not self._complete:
+            what = "trailers are" if reply.head_complete else "response head is"
+            self._break(f"its {what} larger than {MAX_HEAD_BYTES} bytes")
+            return
         if self._complete and self.reply is reply:
             self._done(reply)
 
     def eof_received(self) -> bool:
+        """The upstream says no more. So neither do we: an upload it does not read must not hold up this end."""
+        transport = self.transport
+        if transport is not None:
+            self._ended = _in_order(transport)
+            transport.abort()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        self._pool.forget(self)
         reply = self.reply
         if reply is None:
+            self._pool.forget(self)
             return
-        if exc is None and reply.head_complete and reply.content_length is None and not self._chunked(reply):
+        if self._ended and reply.head_complete and reply.content_length is None and not _chunked(reply):
             reply.complete = True  # the answer was delimited by the close
             self._done(reply)
         elif not reply.received and self.requests > 1:
@@ -355,7 +372,7 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         reply = self.reply
-        if reply is not None and not self._complete:
+        if reply is not None and not reply.head_complete:  # a trailer is no header (RFC 9110 section 6.5.1)
             reply.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -367,8 +384,15 @@ class Connection(asyncio.Protocol):
             reply.headers.clear()
             if status == 101:
                 raise _Refused("it switched protocols without being asked")
-            return
+            if status >= 100:
+                return
+        if not 200 <= status <= 599:  # RFC 9110 section 15
+            raise _Refused("its status code is invalid")
+        # The count includes what was read along with the head, so look closer.
+        if self._head_bytes > MAX_HEAD_BYTES and _size(reply.headers) > MAX_HEAD_BYTES:
+            raise _Refused(f"its response head is larger than {MAX_HEAD_BYTES} bytes")
         reply.status = status
+        chunked = False
         for name, value in reply.headers:
             length = len(name)
             if length == 12:
@@ -378,8 +402,10 @@ class Connection(asyncio.Protocol):
             elif length == 14:
                 if name.lower() == b"content-length":
                     reply.content_length = int(value)
-            elif length == 17 and name.lower() == b"transfer-encoding" and value.lower() != b"chunked":
-                raise _Refused("it used a transfer coding that was not asked for")
+            elif length == 17 and name.lower() == b"transfer-encoding":
+                if chunked or value.strip().lower() != b"chunked":
+                    raise _Refused("it used a transfer coding that was not asked for")
+                chunked = True
         reply.head_complete = True
 
     def on_body(self, data: bytes) -> None:
@@ -395,9 +421,6 @@ class Connection(asyncio.Protocol):
             self._keep_alive = self._parser.should_keep_alive()
 
     # -- ends ---------------------------------------------------------------------------------------------------
-
-    def _chunked(self, reply: Reply) -> bool:
-        return any(len(name) == 17 and name.lower() == b"transfer-encoding" for name, _ in reply.headers)
 
     def _done(self, reply: Reply) -> None:
         self.reply = None
@@ -422,7 +445,7 @@ class Connection(asyncio.Protocol):
     def expire(self, reply: Reply) -> None:
         """The reply's deadline has passed."""
         name = reply.deadline_name
-        timeouts = self.upstream.timeouts
+        timeouts = reply.timeouts
         limit_s = {"first_byte": timeouts.first_byte_s, "idle": timeouts.idle_s, "total": timeouts.total_s}[name]
         what = {
             "first_byte": "did not begin to answer",
@@ -444,6 +467,32 @@ class Connection(asyncio.Protocol):
 
 class _Refused(Exception):
     """Raised inside a parser callback; httptools turns it into its HttpParserCallbackError."""
+
+
+def _size(headers: list[tuple[bytes, bytes]]) -> int:
+    """Bytes of the header lines as sent, or a little less."""
+    return sum([len(name) + len(value) + 4 for name, value in headers])
+
+
+def _chunked(reply: Reply) -> bool:
+    return any(len(name) == 17 and name.lower() == b"transfer-encoding" for name, _ in reply.headers)
+
+
+def _in_order(transport: asyncio.Transport) -> bool:
+    """Whether an end of the stream is the upstream's own word.
+
+    Without TLS a FIN is. With TLS anyone on the way can send one: only a closure alert counts (RFC 9112 section 9.8),
+    which OpenSSL tells as an end where it would otherwise ask for more bytes.
+    """
+    tls = transport.get_extra_info("ssl_object")
+    if tls is None:
+        return True
+    try:
+        return bool(tls.read(1) == b"")
+    except ssl.SSLZeroReturnError:
+        return True
+    except ssl.SSLError:
+        return False
 
 
 def _reason(error: Exception) -> str:
@@ -469,21 +518,21 @@ class Pool:
         self.idle.append(connection)
 
     def forget(self, connection: Connection) -> None:
+        """Drop a connection that closed by itself; one that was taken out of `idle` has no `idle_at`."""
         if connection.idle_at:
-            try:
-                self.idle.remove(connection)
-            except ValueError:
-                return
+            connection.idle_at = 0.0
+            self.idle.remove(connection)
 
     def take(self) -> Connection | None:
         """The most recently used connection that is still fresh."""
         while self.idle:
             connection = self.idle.pop()
-            connection_transport = connection.transport
-            if connection_transport is None or connection_transport.is_closing():
+            idle_at, connection.idle_at = connection.idle_at, 0.0
+            transport = connection.transport
+            if transport is None or transport.is_closing():
                 continue
-            if monotonic() - connection.idle_at >= self.idle_s:
-                connection_transport.abort()
+            if monotonic() - idle_at >= self.idle_s:
+                transport.abort()
                 continue
             return connection
         return None
@@ -511,25 +560,41 @@ class Pool:
             ) from None
         except ssl.SSLError as error:
             raise UpstreamUnreachable(
-                f"provider {upstream.provider!r} is unreachable: TLS with {upstream.netloc} failed: "
-                f"{error.reason or 'handshake error'}"
+                f"provider {upstream.provider!r} is unreachable: TLS with {upstream.netloc} failed: {_why(error)}"
             ) from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA cannot encode
             raise UpstreamUnreachable(
-                f"provider {upstream.provider!r} is unreachable: {upstream.netloc}: "
-                f"{(error.strerror or str(error) or type(error).__name__).lower()}"
+                f"provider {upstream.provider!r} is unreachable: {upstream.netloc}: {_why(error)}"
             ) from error
+        if connection.transport is None or connection.transport.is_closing():
+            raise UpstreamUnreachable(
+                f"provider {upstream.provider!r} is unreachable: {upstream.netloc} closed the connection at once"
+            )
         return connection
 
 
-class Transport:
-    """All upstream connections of this process. `start` it inside the running loop, `close` it at the end."""
+def _why(error: OSError | UnicodeError) -> str:
+    """The reason in words, for people."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "handshake error").replace("_", " ").lower()
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error).lower() or type(error).__name__
 
-    def __init__(self, idle_s: float = 4.0) -> None:
+
+class Transport:
+    """All upstream connections of this process. `start` it inside the running loop, `close` it at the end.
+
+    `tls` is the context for https upstreams; by default the system's trust store, with host names checked.
+    """
+
+    def __init__(self, idle_s: float = 4.0, tls: ssl.SSLContext | None = None) -> None:
         self._idle_s = idle_s
         self._pools: dict[Upstream, Pool] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
         self._closed = False
 
     async def send(self, upstream: Upstream, head: bytes, body: bytes) -> Reply:
@@ -543,6 +608,9 @@ class Transport:
         if connection is None:
             connection = await pool.dial()
         while True:
+            if self._closed:  # while it was dialled
+                connection.abort()
+                raise UpstreamUnreachable("the gateway is shutting down", status=503)
             reply = connection.begin(head, body)
             pool.active.add(connection)
             try:
@@ -568,12 +636,15 @@ class Transport:
         if self._timer is not None:
             self._timer.cancel()
         for pool in self._pools.values():
-            for connection in [*pool.active, *pool.idle]:
+            for connection in [*pool.active]:
                 reply = connection.reply
                 connection.abort()
                 if reply is not None:
                     reply.fail(UpstreamBroken("the gateway is shutting down"))
-            pool.idle.clear()
+            while pool.idle:
+                connection = pool.idle.pop()
+                connection.idle_at = 0.0
+                connection.abort()
 
     def _open_pool(self, upstream: Upstream) -> Pool:
         tls = None
@@ -587,6 +658,7 @@ class Transport:
     def _sweep(self) -> None:
         if self._closed:
             return
+        self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         now = monotonic()
         for pool in self._pools.values():
             expired = None
@@ -601,6 +673,6 @@ class Transport:
             idle = pool.idle
             while idle and now - idle[0].idle_at >= pool.idle_s:
                 connection = idle.popleft()
+                connection.idle_at = 0.0
                 if connection.transport is not None:
                     connection.transport.abort()
-        self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
