@@ -32,7 +32,6 @@ READ_AHEAD_BYTES: Final = 64 * 1024
 #: an unstreamed answer up to this size is gathered whole before anything is said to the client
 GATHER_BYTES: Final = 1024 * 1024
 MAX_HEAD_BYTES: Final = 64 * 1024
-_NEVER: Final = float("inf")
 _STREAM_TYPES: Final = (b"text/event-stream", b"application/x-ndjson")
 
 Sink = Callable[[bytes], None]
@@ -53,21 +52,18 @@ class Reply:
         "_buffered_bytes",
         "_connection",
         "_error",
-        "_idle_s",
         "_paused",
-        "_sink",
-        "_total_at",
         "_waiter",
         "complete",
         "content_length",
         "content_type",
-        "deadline_at",
-        "deadline_name",
         "first_byte_at",
         "head_complete",
         "headers",
+        "moved_at",
         "received",
         "sent_at",
+        "sink",
         "status",
         "streaming",
         "timeouts",
@@ -88,15 +84,11 @@ class Reply:
         self.first_byte_at = 0.0
         self._buffer: list[bytes] = []
         self._buffered_bytes = 0
-        self._sink: Sink | None = None
+        self.sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._error: Exception | None = None
         self._paused = False
-        self._idle_s = timeouts.idle_s
-        self._total_at = _NEVER if timeouts.total_s is None else sent_at + timeouts.total_s
-        first_at = _NEVER if timeouts.first_byte_s is None else sent_at + timeouts.first_byte_s
-        self.deadline_at = min(first_at, self._total_at)
-        self.deadline_name = "first_byte" if first_at <= self._total_at else "total"
+        self.moved_at = sent_at
 
     # -- what the relay does ------------------------------------------------------------------------------------
 
@@ -106,9 +98,10 @@ class Reply:
 
     def attach(self, sink: Sink) -> None:
         """From now on every piece of body goes straight to `sink`, what was buffered first."""
-        self._sink = sink
+        self.sink = sink
         if self._paused:  # by the read-ahead; before the sink is called, which may have its own reason to pause
             self.resume()
+        self.moved_at = monotonic()
         if self._buffer:
             data = self.body()
             self._buffer.clear()
@@ -117,30 +110,20 @@ class Reply:
 
     def progress(self, now: float) -> None:
         """The answer moved on: the idle deadline starts anew. Comment lines are no progress; the sink decides."""
-        if self._paused:  # what was read before the pause took effect: the client is waited for, not the upstream
-            return
-        idle_s = self._idle_s
-        if idle_s is None or now + idle_s >= self._total_at:
-            self.deadline_at = self._total_at
-            self.deadline_name = "total"
-        else:
-            self.deadline_at = now + idle_s
-            self.deadline_name = "idle"
+        self.moved_at = now
 
     def pause(self) -> None:
         """Stop reading the upstream: the client does not keep up. It is not the upstream's idleness then."""
         connection = self._connection
         if connection is not None and not self._paused:
             self._paused = True
-            self.deadline_at = self._total_at
-            self.deadline_name = "total"
             connection.pause_reading()
 
     def resume(self) -> None:
         connection = self._connection
         if connection is not None and self._paused:
             self._paused = False
-            self.progress(monotonic())
+            self.moved_at = monotonic()
             connection.resume_reading()
 
     async def ended(self) -> None:
@@ -156,16 +139,33 @@ class Reply:
     def close(self) -> None:
         """Give the exchange up; the upstream sees its connection closed at once, unless the answer was complete."""
         connection, self._connection = self._connection, None
-        self._sink = None
+        self.sink = None
         if connection is not None:
             connection.abort()
+
+    def overdue(self, now: float) -> str:
+        """The name of the deadline that has passed at `now`, "" for none."""
+        timeouts = self.timeouts
+        if timeouts.total_s is not None and now - self.sent_at >= timeouts.total_s:
+            return "total"
+        if self._paused:  # the client is waited for, not the upstream
+            return ""
+        if not self.first_byte_at:
+            name, limit_s = "first_byte", timeouts.first_byte_s
+        else:
+            name, limit_s = "idle", timeouts.idle_s
+        return name if limit_s is not None and now - self.moved_at >= limit_s else ""
 
     # -- what the connection does -------------------------------------------------------------------------------
 
     async def ready(self) -> None:
         """Wait until the client could be answered; see the module's docstring for when that is."""
         if not self._is_ready() and self._error is None:
-            await self._wait()
+            waiter = self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await waiter
+            finally:
+                self._waiter = None
         if self._error is not None:
             raise self._error
 
@@ -189,19 +189,16 @@ class Reply:
             waiter.set_result(None)
 
     def take(self, data: bytes) -> None:
-        """A piece of body from the parser."""
-        sink = self._sink
-        if sink is not None:
-            sink(data)
-            return
-        now = monotonic()
+        """Keep a piece of body that came before there was a sink."""
+        self.moved_at = monotonic()
         if not self.first_byte_at:
-            self.first_byte_at = now
-        self.progress(now)
+            self.first_byte_at = self.moved_at
         self._buffer.append(data)
+        if self.complete:  # `finish` follows, and wakes
+            return
         self._buffered_bytes += len(data)
         if self._is_ready():
-            if self._buffered_bytes >= READ_AHEAD_BYTES and not self.complete:
+            if self._buffered_bytes >= READ_AHEAD_BYTES:
                 self.pause()
             self._wake()
 
@@ -209,14 +206,12 @@ class Reply:
         """The answer is complete; the connection is no longer ours."""
         self.complete = True
         self._connection = None
-        self.deadline_at = _NEVER
         if not self.first_byte_at:
             self.first_byte_at = monotonic()
         self._wake()
 
     def fail(self, error: Exception) -> None:
         self._connection = None
-        self.deadline_at = _NEVER
         if self._error is None:
             self._error = error
         self._wake()
@@ -232,13 +227,16 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_complete",
         "_ended",
+        "_feed",
         "_head_bytes",
         "_keep_alive",
         "_parser",
         "_pieces",
         "_pool",
         "_reading_paused",
+        "_whole",
         "idle_at",
+        "on_body",
         "reply",
         "requests",
         "transport",
@@ -252,8 +250,12 @@ class Connection(asyncio.Protocol):
         self.reply: Reply | None = None
         self.requests = 0
         self.idle_at = 0.0
-        self._parser = HttpResponseParser(self)
         self._pieces: list[bytes] = []
+        self._whole = 0  # pieces that belong to the answer, once it is complete
+        #: the parser's callback for body bytes, read by it once: no frame of ours for each chunk
+        self.on_body = self._pieces.append
+        self._parser = HttpResponseParser(self)
+        self._feed = self._parser.feed_data
         self._complete = False
         self._ended = False  # the upstream closed its side in order
         self._keep_alive = False
@@ -306,10 +308,11 @@ class Connection(asyncio.Protocol):
             self._pool.forget(self)
             self.abort()
             return
-        reply.received = True
-        self._head_bytes += len(data)
+        if not reply.head_complete:
+            reply.received = True
+            self._head_bytes += len(data)
         try:
-            self._parser.feed_data(data)
+            self._feed(data)
         except HttpParserError as error:
             if not self._complete:
                 self._break(f"its answer is not valid HTTP/1.1: {_reason(error)}")
@@ -317,24 +320,29 @@ class Connection(asyncio.Protocol):
             self._keep_alive = False  # the answer is whole; what followed it is not ours
         pieces = self._pieces
         if self._complete:
+            del pieces[self._whole :]
             reply.complete = True  # before the last piece is taken: an unstreamed answer wakes its reader once
         if pieces:
-            if len(pieces) == 1:
-                body = pieces[0]
-            else:
-                body = b"".join(pieces)
+            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
             self._head_bytes = 0
-            try:
+            sink = reply.sink
+            if sink is None:
                 reply.take(body)
-            except Exception as error:  # the sink's own: not the upstream's fault, and its caller's to hear
-                self.abort()
-                reply.fail(error)
+            else:
+                try:
+                    sink(body)
+                except Exception as error:  # the sink's own: not the upstream's fault, and its caller's to hear
+                    self.abort()
+                    reply.fail(error)
+                    return
+        elif not self._complete:
+            if reply.head_complete:
+                self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                what = "trailers are" if reply.head_complete else "response head is"
+                self._break(f"its {what} larger than {MAX_HEAD_BYTES} bytes")
                 return
-        elif self._head_bytes > MAX_HEAD_BYTES and not self._complete:
-            what = "trailers are" if reply.head_complete else "response head is"
-            self._break(f"its {what} larger than {MAX_HEAD_BYTES} bytes")
-            return
         if self._complete and self.reply is reply:
             self._done(reply)
 
@@ -348,6 +356,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
+        del self._parser  # it holds our methods: a cycle that only the collector would free
         reply = self.reply
         if reply is None:
             self._pool.forget(self)
@@ -408,16 +417,13 @@ class Connection(asyncio.Protocol):
                 chunked = True
         reply.head_complete = True
 
-    def on_body(self, data: bytes) -> None:
-        if not self._complete:
-            self._pieces.append(data)
-
     def on_message_complete(self) -> None:
         reply = self.reply
         if reply is None or not reply.head_complete:  # an interim 1xx answer ended; the real one follows
             return
         if not self._complete:
             self._complete = True
+            self._whole = len(self._pieces)
             self._keep_alive = self._parser.should_keep_alive()
 
     # -- ends ---------------------------------------------------------------------------------------------------
@@ -442,9 +448,8 @@ class Connection(asyncio.Protocol):
         if reply is not None:
             reply.fail(UpstreamBroken(f"provider {self.upstream.provider!r} failed: {reason}"))
 
-    def expire(self, reply: Reply) -> None:
-        """The reply's deadline has passed."""
-        name = reply.deadline_name
+    def expire(self, reply: Reply, name: str) -> None:
+        """The reply's deadline `name` has passed."""
         timeouts = reply.timeouts
         limit_s = {"first_byte": timeouts.first_byte_s, "idle": timeouts.idle_s, "total": timeouts.total_s}[name]
         what = {
@@ -661,15 +666,10 @@ class Transport:
         self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         now = monotonic()
         for pool in self._pools.values():
-            expired = None
-            for connection in pool.active:
+            for connection in list(pool.active):
                 reply = connection.reply
-                if reply is not None and reply.deadline_at <= now:
-                    expired = [connection] if expired is None else [*expired, connection]
-            for connection in expired or ():
-                reply = connection.reply
-                if reply is not None:
-                    connection.expire(reply)
+                if reply is not None and (name := reply.overdue(now)):
+                    connection.expire(reply, name)
             idle = pool.idle
             while idle and now - idle[0].idle_at >= pool.idle_s:
                 connection = idle.popleft()

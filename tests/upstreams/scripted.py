@@ -173,3 +173,12 @@ async def exchange(transport: Transport, one: Upstream, body: bytes = BODY) -> t
         return reply.status, await read(reply)
     finally:
         reply.close()
+
+
+async def until(condition: Callable[[], bool], within_s: float = 0.1) -> None:
+    """Wait for something that must come true soon."""
+    loop = asyncio.get_running_loop()
+    deadline_at = loop.time() + within_s
+    while not condition():
+        assert loop.time() < deadline_at, f"not within {within_s} s"
+        await asyncio.sleep(0.002)
