@@ -37,14 +37,16 @@ LAST_WORDS_S: Final = 0.5
 class ClientProtocol(RequestHandler):
     """aiohttp's server side of one client connection, with three changes.
 
-    Requests are handled without a task of their own (`start`). `on_resume` is called when the client reads again after its buffer was full. Errors that arise before a request
-    exists (the parser's) are answered in our own shape and show no byte of what was sent.
+    Requests are handled without a task of their own (`start`). `on_pause` and `on_resume` are called when the
+    client's buffer is full, and when there is room again. Errors that arise before a request exists (the parser's)
+    are answered in our own shape and show no byte of what was sent.
     """
 
-    __slots__ = ("on_resume",)
+    __slots__ = ("on_pause", "on_resume")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.on_pause: Callable[[], None] | None = None
         self.on_resume: Callable[[], None] | None = None
 
     async def start(self) -> None:
@@ -125,6 +127,11 @@ class ClientProtocol(RequestHandler):
         """Asked by the body's reader whenever it has room, which is always; there is work only after a pause."""
         if self._reading_paused:
             super().resume_reading(resume_parser)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.on_pause is not None:
+            self.on_pause()
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -47,7 +47,7 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
 def settle_usage(exchange: Exchange) -> None:
     """Take the meter's final word, or its estimate. Nothing was used where no model was reached."""
     meter = exchange.meter
-    if meter is not None and exchange.status < 400:
+    if meter is not None and (exchange.status < 400 or exchange.outcome == "client_gone"):
         exchange.usage = meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
 
 
@@ -59,14 +59,15 @@ def _whole(
     now = reply.first_byte_at
     if data:
         data = meter.feed(data, now)
-    data += meter.finish()
+    tail = meter.finish()
     if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
         error = _unfinished(exchange)
-        data += render_event(error, exchange.family, exchange.id)
+        tail = _last_event(exchange, reply, error)  # instead of the event that has no end, if there is one
         exchange.error = error
         exchange.outcome = "partial"
     elif meter.error is not None:
         _note_error(exchange, meter)
+    data += tail
     keep_alive = _keep_alive(request)
     head = _head(exchange, reply.status, fields, keep_alive, request, b"Content-Length: %d\r\n" % len(data))
     transport = request.transport
@@ -133,10 +134,10 @@ async def _streamed(
     except UpstreamError as error:
         exchange.error = error
         exchange.outcome = "partial"
-        if not reply.streaming:
+        if not reply.streaming or meter.torn:
             transport.abort()  # half a JSON document has no place for an error: nobody may take it for whole
             return SENT_CLOSE
-        event = render_event(error, exchange.family, exchange.id)
+        event = _last_event(exchange, reply, error)
         if chunked:
             transport.writelines((b"%x\r\n" % len(event), event, b"\r\n", _LAST_CHUNK))
         else:
@@ -156,6 +157,12 @@ async def _streamed(
     elif chunked:
         transport.write(_LAST_CHUNK)
     return SENT_KEEP if keep_alive else SENT_CLOSE
+
+
+def _last_event(exchange: Exchange, reply: Reply, error: UpstreamError) -> bytes:
+    """The error in the form of the stream: a line where lines are streamed, an event where events are."""
+    lines = reply.content_type.lower().startswith(b"application/x-ndjson")
+    return render_event(error, "ollama" if lines else exchange.family, exchange.id)
 
 
 def _unfinished(exchange: Exchange) -> UpstreamBroken:

@@ -356,7 +356,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        del self._parser  # it holds our methods: a cycle that only the collector would free
+        del self._parser, self._feed  # they hold our methods: a cycle that only the collector would free
         reply = self.reply
         if reply is None:
             self._pool.forget(self)
