@@ -123,6 +123,8 @@ class Scripted:
                         pass
                     return
                 if isinstance(step, bytes):
+                    if writer.is_closing():  # uvloop's transports raise where asyncio's only warn
+                        return
                     writer.write(step)
                     await writer.drain()
                 else:
