@@ -27,6 +27,10 @@ class NdjsonSplitter:
             self.inside = True
         return lines
 
+    def held(self) -> bytes:
+        """The incomplete line, as far as it came."""
+        return b"".join(self._held)
+
     def rest(self) -> bytes:
         """Take what is held: the line without an end at the end of the stream."""
         rest = b"".join(self._held)

@@ -13,8 +13,9 @@ import os
 import socket
 import struct
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from tests.replay import Seen
 
 CHAT = "/v1/chat/completions"
 SIM_MODEL = "sim"
+#: no read of a test waits longer
+READ_S = 10.0
 
 
 def chat(model: str = SIM_MODEL, **more: Any) -> dict[str, Any]:
@@ -158,7 +161,7 @@ async def gateway(
 
 @dataclasses.dataclass
 class Answer:
-    """A whole answer as it came. `chunks` are its HTTP chunks, without the last, empty one; `ended`: framed to its end."""
+    """A whole answer as it came. `chunks` are its HTTP chunks but the last, empty one; `ended`: framed to its end."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -230,7 +233,8 @@ class Client:
 
     async def head(self) -> Answer:
         """The head of the next answer; its body is still to be read."""
-        raw = await self.reader.readuntil(b"\r\n\r\n")
+        async with asyncio.timeout(READ_S):
+            raw = await self.reader.readuntil(b"\r\n\r\n")
         first, *lines = raw.decode("latin-1")[:-4].split("\r\n")
         version, status, _ = first.split(" ", 2)
         assert version == "HTTP/1.1"
@@ -244,10 +248,18 @@ class Client:
 
     async def chunk(self) -> bytes:
         """The next HTTP chunk; b"" is the last. IncompleteReadError if the connection ends before it."""
-        size = int(await self.reader.readuntil(b"\r\n"), 16)
-        data = await self.reader.readexactly(size + 2)
+        async with asyncio.timeout(READ_S):
+            size = int(await self.reader.readuntil(b"\r\n"), 16)
+            data = await self.reader.readexactly(size + 2)
         assert data.endswith(b"\r\n")
         return data[:-2]
+
+    async def events(self, count: int) -> bytes:
+        """Chunks until they hold `count` events."""
+        data = b""
+        while data.count(b"\n\n") < count:
+            data += await self.chunk()
+        return data
 
     async def rest(self, answer: Answer) -> Answer:
         """Read the body to its end, or to the cut."""
@@ -256,10 +268,10 @@ class Client:
                 while data := await self.chunk():
                     answer.chunks.append(data)
                 answer.body = b"".join(answer.chunks)
-            elif self.framing == "length":
-                answer.body = await self.reader.readexactly(self.left)
             else:
-                answer.body = await self.reader.read()
+                async with asyncio.timeout(READ_S):
+                    whole = self.framing == "length"
+                    answer.body = await (self.reader.readexactly(self.left) if whole else self.reader.read())
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             answer.ended = False
             cut = getattr(error, "partial", b"")
@@ -377,6 +389,21 @@ def event(text: str = "a", **more: Any) -> bytes:
 FINISH = event(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}])
 USAGE = event(choices=[], usage={"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10})
 DONE = b"data: [DONE]\n\n"
+
+
+@contextmanager
+def deaf() -> Iterator[int]:
+    """A port that takes no more connections and refuses none: its queue is full."""
+    with socket.socket() as full, ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        port = int(full.getsockname()[1])
+        for _ in range(3):
+            caller = stack.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(("127.0.0.1", port))
+        time.sleep(0.02)
+        yield port
 
 
 async def until(true: Callable[[], Any], within_s: float = 5.0, what: str = "") -> float:

@@ -237,9 +237,51 @@ def test_any_bytes_pass_untouched(pieces: list[bytes], strip: bool) -> None:
         meter.result(5)
 
 
-def test_without_stripping_the_very_same_object_is_returned() -> None:
-    for piece in (sse(chat({"content": "a"})), b"data: {", b'"a":1}\n', b"\n", TRAILING + DONE, b"\r", b""):
+def test_whole_events_are_returned_as_the_very_same_object() -> None:
+    event = sse(chat({"content": "a"}))
+    for piece in (event, event + event, TRAILING + DONE, event.replace(b"\n", b"\r\n"), b": x\r\r", b""):
         assert (meter := SseMeter()).feed(piece, 1.0) is piece, meter
+    for piece in (event + event, event.replace(b"\n", b"\r"), DONE):
+        assert (meter := SseMeter(strip_usage=True)).feed(piece, 1.0) == piece, meter
+    line = b'{"message":{"content":"a"},"done":false}\n'
+    for piece in (line, line + line, line * 2 + b"\r\n", b"\n", b""):
+        assert (meter2 := NdjsonMeter()).feed(piece, 1.0) is piece, meter2
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_what_is_returned_ends_with_an_event(strip: bool) -> None:
+    """So that an error event may follow at any time."""
+    event = sse(chat({"content": "ä"}))
+    stream = event * 3
+    for size in (1, 2, 3, len(event) - 1, len(event) + 1, len(event) + 10):
+        meter, out = SseMeter(strip), b""
+        for i in range(0, len(stream), size):
+            out += meter.feed(stream[i : i + size], 1.0)
+            assert out == event * (min(i + size, len(stream)) // len(event))
+            assert not meter.torn
+
+
+def test_what_is_returned_ends_with_a_line() -> None:
+    line = b'{"message":{"content":"a"},"done":false}\n'
+    for size in (1, 2, 7, len(line) + 1):
+        meter, out = NdjsonMeter(), b""
+        for i in range(0, len(line) * 3, size):
+            out += meter.feed((line * 3)[i : i + size], 1.0)
+            assert out == line * (min(i + size, len(line) * 3) // len(line))
+            assert not meter.torn
+
+
+@pytest.mark.parametrize("meter", [SseMeter(), SseMeter(True), NdjsonMeter()], ids=["sse", "strip", "ndjson"])
+def test_a_long_event_is_passed_on_torn(meter: SseMeter | NdjsonMeter) -> None:
+    assert meter.feed(b"data: " + b"x" * 100, 1.0) == b""
+    assert not meter.torn
+    assert len(meter.feed(b"x" * HELD_BACK_BYTES, 1.0)) == HELD_BACK_BYTES + 106
+    assert meter.torn
+    assert meter.feed(b"x", 1.0) == b"x"
+    assert meter.feed(b"\n\n", 1.0) == b"\n\n"
+    assert not meter.torn
+    meter.feed(b"x" * (KEPT_BYTES + 1), 1.0)
+    assert meter.torn
 
 
 # ---- usage over a stream
@@ -335,8 +377,7 @@ def test_ndjson_splits_and_long_lines() -> None:
     for size in (1, 7, 1000, len(lines)):
         meter = NdjsonMeter()
         pieces = [lines[i : i + size] for i in range(0, len(lines), size)] if size > 1 else [lines]
-        assert all(meter.feed(piece, 1.0) is piece for piece in pieces)
-        assert meter.finish() == b""
+        assert b"".join([*(meter.feed(piece, 1.0) for piece in pieces), meter.finish()]) == lines
         assert (meter.events, meter.finished, meter.result(0)) == (3, True, Usage(5, 3))
 
 
