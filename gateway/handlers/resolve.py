@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gateway.handlers.proxy import Surface
 
 TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
+TOOLS_REMOVED: Final = ("X-Gateway-Tools", "removed")
 #: A body's rate is judged only after this time, so that a slow start is no offence.
 RATE_GRACE_S: Final = 5.0
 
@@ -109,7 +110,10 @@ def resolve(
     if not name:
         raise BadRequest(f"`model` is missing: name the model to ask. {_offered(table, provider)}", param="model")
     if not body.has(surface.needs):
-        raise BadRequest(f"`{surface.needs}` is missing from the request for {name!r:.200}", param=surface.needs)
+        raise BadRequest(
+            f"`{surface.needs}` is missing from the request for {name[:200]!r}. {_offered(table, provider)}",
+            param=surface.needs,
+        )
     exchange.model_asked = name
     offers = pools.get(name)
     if offers is None:
@@ -125,7 +129,7 @@ def resolve(
         plan.remove = ("provider",)
     if not TOOL_FIELDS.isdisjoint(body.keys()):
         plan.tools = True
-        _choose_for_tools(plan, name, reject_tools)
+        _choose_for_tools(exchange, plan, name, reject_tools)
     stream = surface.stream
     if stream is None:
         exchange.stream = bool(body.stream)
@@ -138,7 +142,8 @@ def resolve(
     return plan
 
 
-def _choose_for_tools(plan: Plan, name: str, reject: bool) -> None:
+def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -> None:
+    """Leave the offers that support tools; where there is none, refuse, or say that the tools are taken out."""
     able = tuple(offer for offer in plan.offers if offer.model.supports_tools)
     if able:
         plan.offers = able
@@ -148,6 +153,8 @@ def _choose_for_tools(plan: Plan, name: str, reject: bool) -> None:
             param="tools",
             code="tools_not_supported",
         )
+    else:
+        exchange.headers.append(TOOLS_REMOVED)
 
 
 def _provider(body: Body, surface: Surface, table: Table) -> str | None:
