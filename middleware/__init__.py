@@ -8,7 +8,8 @@ and how the gateway answers (`answer`); they know no handler, no upstream and no
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from gateway.metrics import Level
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-Middleware = Callable[[web.BaseRequest, Handler], Awaitable[web.StreamResponse]]
+
+
+class Middleware(Protocol):
+    def __call__(self, request: web.BaseRequest, handler: Handler) -> Awaitable[web.StreamResponse]: ...
 
 
 def stack(
@@ -51,12 +55,5 @@ def stack(
 def compose(middlewares: Sequence[Middleware], handler: Handler) -> Handler:
     """Wrap `handler` in `middlewares`, the first outermost."""
     for middleware in reversed(middlewares):
-        handler = _bind(middleware, handler)
+        handler = partial(middleware, handler=handler)
     return handler
-
-
-def _bind(middleware: Middleware, handler: Handler) -> Handler:
-    def call(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
-        return middleware(request, handler)
-
-    return call

@@ -38,6 +38,8 @@ def _presented(request: web.BaseRequest) -> str | None:
     headers = request.headers
     value = headers.get("Authorization")
     if value is not None:
+        if value.startswith("Bearer "):  # as every SDK writes it
+            return value[7:].strip()
         scheme, _, key = value.partition(" ")
         return key.strip() if scheme.lower() == "bearer" else None
     return headers.get("x-api-key")

@@ -19,6 +19,7 @@ from gateway.errors import UpstreamBroken, UpstreamError, render_event
 from gateway.exchange import Exchange
 from gateway.upstreams.transport import Reply
 from gateway.wire.headers import response_headers
+from gateway.wire.tokens import answer_usage
 from gateway.wire.usage import Meter, new_meter
 
 if TYPE_CHECKING:
@@ -33,41 +34,31 @@ _BYTES_PER_TOKEN: Final = 4
 async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool) -> web.StreamResponse:
     """Send the reply to the client. Raises only while nothing has been sent, or when the client has gone."""
     fields = response_headers(reply.headers)  # raises UpstreamBroken for what must not pass
-    meter = exchange.meter = new_meter(reply.content_type, strip_usage)
     exchange.status = reply.status
     if reply.status >= 500:
         exchange.outcome = "upstream_error"
     if reply.complete:
-        sent = _whole(request, exchange, reply, meter, fields)
-    else:
-        sent = await _streamed(request, exchange, reply, meter, fields)
-    return sent
+        return _whole(request, exchange, reply, strip_usage, fields)
+    meter = exchange.meter = new_meter(reply.content_type, strip_usage)
+    return await _streamed(request, exchange, reply, meter, fields)
 
 
 def settle_usage(exchange: Exchange) -> None:
-    """Take the meter's final word, or its estimate. Nothing was used where no model was reached."""
+    """Take the meter's final word, or its estimate, if usage is not known yet. Without a model nothing was used."""
     meter = exchange.meter
-    if meter is not None and (exchange.status < 400 or exchange.outcome == "client_gone"):
+    if meter is not None and exchange.usage is None and (exchange.status < 400 or exchange.outcome == "client_gone"):
         exchange.usage = meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
 
 
 def _whole(
-    request: web.BaseRequest, exchange: Exchange, reply: Reply, meter: Meter, fields: bytes
+    request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool, fields: bytes
 ) -> web.StreamResponse:
     """The answer is here in full: one write."""
     data = reply.body()
-    now = reply.first_byte_at
-    if data:
-        data = meter.feed(data, now)
-    tail = meter.finish()
-    if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
-        error = _unfinished(exchange)
-        tail = _last_event(exchange, reply, error)  # instead of the event that has no end, if there is one
-        exchange.error = error
-        exchange.outcome = "partial"
-    elif meter.error is not None:
-        _note_error(exchange, meter)
-    data += tail
+    if not reply.streaming and reply.status < 300:
+        exchange.usage = answer_usage(data)  # most answers: read in one pass, no meter needed
+    if exchange.usage is None:
+        data = _metered(exchange, reply, strip_usage, data)
     keep_alive = _keep_alive(request)
     head = _head(exchange, reply.status, fields, keep_alive, request, b"Content-Length: %d\r\n" % len(data))
     transport = request.transport
@@ -80,6 +71,21 @@ def _whole(
         transport.writelines((head, data))
     exchange.response_bytes = len(data)
     return SENT_KEEP if keep_alive else SENT_CLOSE
+
+
+def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -> bytes:
+    """A whole body through its meter: what the client gets of it."""
+    meter = exchange.meter = new_meter(reply.content_type, strip_usage)
+    if data:
+        data = meter.feed(data, reply.first_byte_at)
+    tail = meter.finish()
+    if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
+        exchange.error = _unfinished(exchange)
+        exchange.outcome = "partial"
+        tail = _last_event(exchange, reply, exchange.error)  # instead of the event that has no end, if there is one
+    elif meter.error is not None:
+        _note_error(exchange, meter)
+    return data + tail if tail else data
 
 
 async def _streamed(

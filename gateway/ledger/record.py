@@ -47,13 +47,12 @@ def record(exchange: Exchange) -> Record:
     """The exchange as it ended. Call it once `ended_at`, `status` and `usage` are final."""
     usage = exchange.usage
     meter = exchange.meter
-    first_at = last_at = 0.0
-    if meter is not None:
-        first_at = meter.first_content_at or exchange.first_byte_at
-        last_at = meter.last_content_at
+    first_at = exchange.first_byte_at
     between = None
-    if meter is not None and meter.events > 1:
-        between = _rounded((last_at - first_at) / (meter.events - 1))
+    if meter is not None and meter.events:
+        first_at = meter.first_content_at
+        if meter.events > 1:
+            between = _rounded((meter.last_content_at - first_at) / (meter.events - 1))
     return Record(
         _rounded(exchange.began_unix_s),
         exchange.id,

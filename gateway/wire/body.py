@@ -175,12 +175,15 @@ class Body:
 
     def _check_names(self) -> None:
         values = self._values
-        compact = 1
-        for key, value in values.items():
-            if key not in GUARDED and key.casefold() in GUARDED:
-                right = key.casefold()
-                raise BadRequest(f"A key is spelt unlike {right!r} by case only: write {right!r}.", param=right)
-            compact += (len(key) if key.isascii() else len(key.encode())) + len(memoryview(value)) + 4
+        names = "".join(values)
+        plain = names.isascii()
+        if not (plain and names.islower()):
+            for key in values:
+                if key not in GUARDED and key.casefold() in GUARDED:
+                    right = key.casefold()
+                    raise BadRequest(f"A key is spelt unlike {right!r} by case only: write {right!r}.", param=right)
+        compact = 1 + (len(names) if plain else len(names.encode())) + 4 * len(values)
+        compact += sum(map(len, map(memoryview, values.values())))
         # As long as its distinct members written without white space: nothing else can be in it. Otherwise look.
         if len(self.raw) != compact:
             self._located()
