@@ -56,9 +56,9 @@ def status_line(status: int) -> bytes:
 
 def connection_line(request: web.BaseRequest, keep_alive: bool) -> bytes:
     """The Connection header a client of this HTTP version must be told, if any."""
-    if request.version >= HttpVersion11:
-        return b"" if keep_alive else b"Connection: close\r\n"
-    return b"Connection: keep-alive\r\n" if keep_alive else b""
+    if not keep_alive:  # said to old clients too: bytes that were no request count as HTTP/1.0
+        return b"Connection: close\r\n"
+    return b"" if request.version >= HttpVersion11 else b"Connection: keep-alive\r\n"
 
 
 def send(

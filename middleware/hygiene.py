@@ -15,7 +15,7 @@ from aiohttp.http import HttpVersion10, HttpVersion11
 from gateway.answer import EXCHANGE
 from gateway.errors import BadRequest, MethodNotAllowed, UnsupportedMedia, VersionNotSupported
 from gateway.wire.headers import raw_target_problem
-from middleware import Handler
+from middleware import Answer, Handler
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -25,7 +25,7 @@ class Hygiene:
     def __init__(self, routes: Container[str]) -> None:
         self._routes = routes
 
-    async def __call__(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
+    def __call__(self, request: web.BaseRequest, handler: Handler) -> Answer:
         version = request.version
         if version is not HttpVersion11 and version not in (HttpVersion11, HttpVersion10):
             raise VersionNotSupported("only HTTP/1.0 and HTTP/1.1 are spoken here")
@@ -37,11 +37,11 @@ class Hygiene:
             exchange.path = _path(request)
             if exchange.path in self._routes:
                 exchange.route = exchange.path
-        if method in _BODILESS and request.body_exists and not request.content.is_eof():
+        if method in _BODILESS and request.body_exists:
             raise BadRequest(f"a {method} request carries no body")
         if "Content-Encoding" in request.headers:
             raise UnsupportedMedia("send the request body without a Content-Encoding")
-        return await handler(request)
+        return handler(request)
 
 
 def _path(request: web.BaseRequest) -> str:
