@@ -9,7 +9,7 @@ from aiohttp import web
 from gateway.answer import EXCHANGE
 from gateway.errors import Unauthorized
 from gateway.identity.keys import KeyRing
-from middleware import Handler
+from middleware import Answer, Handler
 
 
 class Auth:
@@ -19,10 +19,10 @@ class Auth:
         self._keys = keys
         self._open = open_paths
 
-    async def __call__(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
+    def __call__(self, request: web.BaseRequest, handler: Handler) -> Answer:
         exchange = request[EXCHANGE]
         if exchange.path in self._open:
-            return await handler(request)
+            return handler(request)
         presented = _presented(request)
         if presented is None:
             raise Unauthorized("no API key was sent: use `Authorization: Bearer <key>` or `x-api-key: <key>`")
@@ -31,7 +31,7 @@ class Auth:
             raise Unauthorized("this API key is not known here")
         exchange.principal = principal
         exchange.key = principal.name
-        return await handler(request)
+        return handler(request)
 
 
 def _presented(request: web.BaseRequest) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from middleware import Handler
+from middleware import Answer, Handler
 
 
 class RateLimit:
-    async def __call__(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
-        return await handler(request)
+    def __call__(self, request: web.BaseRequest, handler: Handler) -> Answer:
+        return handler(request)

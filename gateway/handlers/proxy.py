@@ -10,8 +10,8 @@ from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
 from gateway.errors import Family
 from gateway.handlers.dispatch import Dispatcher
-from gateway.handlers.relay import relay
-from gateway.handlers.resolve import BodyLimits, read_body, resolve
+from gateway.handlers.relay import relay, relay_whole
+from gateway.handlers.resolve import BodyLimits, read_body, read_now, resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,12 @@ class Proxy:
         surface = self._surface
         exchange.family = surface.family
         exchange.operation = surface.name
-        raw = await read_body(request, self._limits)
+        raw = read_now(request, self._limits)
+        if raw is None:
+            raw = await read_body(request, self._limits)
         exchange.request_bytes = len(raw)
         plan = resolve(exchange, request, raw, surface, self._catalog.table, reject_tools=self._reject_tools)
         async with self._dispatcher.dispatch(exchange, plan) as reply:
+            if reply.complete:
+                return relay_whole(request, exchange, reply, plan.strip_usage)
             return await relay(request, exchange, reply, plan.strip_usage)

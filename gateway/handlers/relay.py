@@ -31,29 +31,12 @@ _COMMENT: Final = ord(":")
 _BYTES_PER_TOKEN: Final = 4
 
 
-async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool) -> web.StreamResponse:
-    """Send the reply to the client. Raises only while nothing has been sent, or when the client has gone."""
-    fields = response_headers(reply.headers)  # raises UpstreamBroken for what must not pass
-    exchange.status = reply.status
-    if reply.status >= 500:
-        exchange.outcome = "upstream_error"
-    if reply.complete:
-        return _whole(request, exchange, reply, strip_usage, fields)
-    meter = exchange.meter = new_meter(reply.content_type, strip_usage)
-    return await _streamed(request, exchange, reply, meter, fields)
-
-
-def settle_usage(exchange: Exchange) -> None:
-    """Take the meter's final word, or its estimate, if usage is not known yet. Without a model nothing was used."""
-    meter = exchange.meter
-    if meter is not None and exchange.usage is None and (exchange.status < 400 or exchange.outcome == "client_gone"):
-        exchange.usage = meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
-
-
-def _whole(
-    request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool, fields: bytes
+def relay_whole(
+    request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool
 ) -> web.StreamResponse:
-    """The answer is here in full: one write."""
+    """Send a complete reply: one write. Raises only while nothing has been sent."""
+    fields = response_headers(reply.headers)  # raises UpstreamBroken for what must not pass
+    _take_status(exchange, reply)
     data = reply.body()
     if not reply.streaming and reply.status < 300:
         exchange.usage = answer_usage(data)  # most answers: read in one pass, no meter needed
@@ -73,6 +56,13 @@ def _whole(
     return SENT_KEEP if keep_alive else SENT_CLOSE
 
 
+def settle_usage(exchange: Exchange) -> None:
+    """Take the meter's final word, or its estimate, if usage is not known yet. Without a model nothing was used."""
+    meter = exchange.meter
+    if meter is not None and exchange.usage is None and (exchange.status < 400 or exchange.outcome == "client_gone"):
+        exchange.usage = meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
+
+
 def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -> bytes:
     """A whole body through its meter: what the client gets of it."""
     meter = exchange.meter = new_meter(reply.content_type, strip_usage)
@@ -88,9 +78,11 @@ def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -
     return data + tail if tail else data
 
 
-async def _streamed(
-    request: web.BaseRequest, exchange: Exchange, reply: Reply, meter: Meter, fields: bytes
-) -> web.StreamResponse:
+async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool) -> web.StreamResponse:
+    """Send a reply while it comes. Raises only while nothing has been sent, or when the client has gone."""
+    fields = response_headers(reply.headers)  # raises UpstreamBroken for what must not pass
+    meter = exchange.meter = new_meter(reply.content_type, strip_usage)
+    _take_status(exchange, reply)
     transport = request.transport
     if transport is None or transport.is_closing():
         raise asyncio.CancelledError
@@ -169,6 +161,12 @@ def _last_event(exchange: Exchange, reply: Reply, error: UpstreamError) -> bytes
     """The error in the form of the stream: a line where lines are streamed, an event where events are."""
     lines = reply.content_type.lower().startswith(b"application/x-ndjson")
     return render_event(error, "ollama" if lines else exchange.family, exchange.id)
+
+
+def _take_status(exchange: Exchange, reply: Reply) -> None:
+    exchange.status = reply.status
+    if reply.status >= 500:
+        exchange.outcome = "upstream_error"
 
 
 def _unfinished(exchange: Exchange) -> UpstreamBroken:

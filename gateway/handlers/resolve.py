@@ -52,14 +52,26 @@ class Plan:
         self.strip_usage = False  # set by dispatch: we asked for a usage chunk that the client did not
 
 
-async def read_body(request: web.BaseRequest, limits: BodyLimits) -> bytes:
-    """The whole body, refused as early as can be told: 413 by its declared length, 408 if it comes too slowly."""
+def read_now(request: web.BaseRequest, limits: BodyLimits) -> bytes | None:
+    """The body if it came along with the head, as small ones do; None if it must be waited for.
+
+    Raises BodyTooLarge by the declared length, before anything is read.
+    """
+    payload = request.content
+    if payload.is_eof():
+        body = payload.read_nowait(-1)
+        if len(body) > limits.max_bytes:
+            raise _too_large(limits)
+        return body
     length = request.content_length
     if length is not None and length > limits.max_bytes:
         raise _too_large(limits)
+    return None
+
+
+async def read_body(request: web.BaseRequest, limits: BodyLimits) -> bytes:
+    """The body of a request that is still being sent: 413 if it grows too large, 408 if it comes too slowly."""
     payload = request.content
-    if payload.is_eof():
-        return payload.read_nowait(-1)  # it came with the head, as small bodies do
     expect = request.headers.get("Expect")
     if expect is not None and request.version >= HttpVersion11:
         if expect.lower() != "100-continue":

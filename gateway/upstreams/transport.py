@@ -70,7 +70,7 @@ class Reply:
     )
 
     def __init__(self, connection: Connection, sent_at: float) -> None:
-        timeouts = self.timeouts = connection.upstream.timeouts  # for this exchange, whatever a reload brings
+        self.timeouts = connection.upstream.timeouts  # for this exchange, whatever a reload brings
         self._connection: Connection | None = connection
         self.sent_at = sent_at
         self.status = 0

@@ -109,7 +109,8 @@ class Upstream:
         return Lease(self)
 
     def __repr__(self) -> str:
-        return f"<Upstream {self.name} {self.runtime.name} {self.base_url} {self.health.status} in_flight={self.in_flight}>"
+        state = f"{self.health.status} in_flight={self.in_flight}"
+        return f"<Upstream {self.name} {self.runtime.name} {self.base_url} {state}>"
 
 
 class Lease:

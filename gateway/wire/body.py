@@ -183,7 +183,7 @@ class Body:
                     right = key.casefold()
                     raise BadRequest(f"A key is spelt unlike {right!r} by case only: write {right!r}.", param=right)
         compact = 1 + (len(names) if plain else len(names.encode())) + 4 * len(values)
-        compact += sum(map(len, map(memoryview, values.values())))
+        compact += sum([len(memoryview(value)) for value in values.values()])
         # As long as its distinct members written without white space: nothing else can be in it. Otherwise look.
         if len(self.raw) != compact:
             self._located()
