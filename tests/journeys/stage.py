@@ -63,6 +63,7 @@ class Gateway:
 
     def __init__(self, app: App, listeners: Listeners, ring: KeyRing, keys: dict[str, str], log: Any) -> None:
         self.app = app
+        self.listeners = listeners
         self.keys = keys
         self.key = keys["client"]
         self._log = log
@@ -188,7 +189,7 @@ class Answer:
     @property
     def events(self) -> list[Any]:
         """The data of every event of a stream, decoded; "[DONE]" as it is."""
-        return [decoded(event) for event in self.body.split(b"\n\n") if event]
+        return [decoded(event) for event in self.body.split(b"\n\n") if event and not event.startswith(b":")]
 
 
 def decoded(event: bytes) -> Any:
