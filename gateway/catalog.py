@@ -74,10 +74,10 @@ class Table:
             self.by_provider[provider.name] = {name: tuple(offers) for name, offers in own.items()}
         self.pools: dict[str, tuple[Offer, ...]] = {name: tuple(offers) for name, offers in pools.items()}
 
-    def near(self, name: str, provider: str | None = None) -> list[str]:
-        """Names that exist and look like `name`, best first."""
-        names = self.by_provider.get(provider, {}) if provider else self.pools
-        return difflib.get_close_matches(name[:200], list(names), n=_NEAR, cutoff=0.5)
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that look like `name`, best first."""
+    return difflib.get_close_matches(name[:200], list(names), n=_NEAR, cutoff=0.5)
 
 
 class Catalog:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from gateway.catalog import Offer, Table
+from gateway.catalog import Offer, Table, nearest
 from gateway.errors import BadRequest, BodyTooLarge, Forbidden, ModelNotFound, NotFound, RequestTimeout
 from gateway.exchange import Exchange
 from gateway.wire.body import Body
@@ -19,6 +19,7 @@ from gateway.wire.headers import request_headers
 
 if TYPE_CHECKING:
     from gateway.handlers.proxy import Surface
+    from gateway.identity.principals import Principal
 
 TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
 TOOLS_REMOVED: Final = ("X-Gateway-Tools", "removed")
@@ -120,16 +121,20 @@ def resolve(
     pools: Mapping[str, tuple[Offer, ...]] = table.pools if provider is None else table.by_provider[provider]
     name = body.model
     if not name:
-        raise BadRequest(f"`model` is missing: name the model to ask. {_offered(table, provider)}", param="model")
+        raise BadRequest(
+            f"`model` is missing: name the model to ask. {_offered(table, provider, exchange.principal)}",
+            param="model",
+        )
     if not body.has(surface.needs):
         raise BadRequest(
-            f"`{surface.needs}` is missing from the request for {name[:200]!r}. {_offered(table, provider)}",
+            f"`{surface.needs}` is missing from the request for {name[:200]!r}. "
+            f"{_offered(table, provider, exchange.principal)}",
             param=surface.needs,
         )
     exchange.model_asked = name
     offers = pools.get(name)
     if offers is None:
-        raise _unknown(name, provider, table)
+        raise _unknown(name, provider, table, exchange.principal)
     principal = exchange.principal
     if principal is not None and principal.models is not None:
         offers = tuple(offer for offer in offers if principal.may_use(offer.model.name))
@@ -185,22 +190,32 @@ def _provider(body: Body, surface: Surface, table: Table) -> str | None:
     return name
 
 
-def _offered(table: Table, provider: str | None) -> str:
-    names = table.by_provider[provider] if provider else table.pools
+def _names(table: Table, provider: str | None, principal: Principal | None) -> list[str]:
+    """The names this caller may ask for, sorted: what a key may not use it does not learn of."""
+    pools: Mapping[str, tuple[Offer, ...]] = table.by_provider[provider] if provider else table.pools
+    if principal is None or principal.models is None:
+        return sorted(pools)
+    return sorted(
+        name for name, offers in pools.items() if any(principal.may_use(offer.model.name) for offer in offers)
+    )
+
+
+def _offered(table: Table, provider: str | None, principal: Principal | None) -> str:
+    names = _names(table, provider, principal)
     where = f"Provider {provider!r}" if provider else "This gateway"
     if not names:
         hints = [one.hint for one in table.providers if one.hint and provider in (None, one.name)]
         return f"{where} offers no models: {'; '.join(hints) or 'no provider is configured (OPENAI_COMPATIBLE_DATA)'}"
-    shown = sorted(names)[:20]
+    shown = names[:20]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return f"{where} offers: {', '.join(shown)}{more}"
 
 
-def _unknown(name: str, provider: str | None, table: Table) -> ModelNotFound:
-    near = table.near(name, provider)
+def _unknown(name: str, provider: str | None, table: Table, principal: Principal | None) -> ModelNotFound:
+    near = nearest(name, _names(table, provider, principal))
     if near:
         tail = f"did you mean {' or '.join(repr(one) for one in near)}?"
     else:
-        tail = _offered(table, provider)
+        tail = _offered(table, provider, principal)
     where = f" at provider {provider!r}" if provider else ""
     return ModelNotFound(f"the model {name[:200]!r} does not exist{where}; {tail}", param="model")
