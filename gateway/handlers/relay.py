@@ -18,7 +18,6 @@ from gateway.answer import SENT_CLOSE, SENT_KEEP, connection_line, status_line
 from gateway.errors import UpstreamBroken, UpstreamError, render_event
 from gateway.exchange import Exchange
 from gateway.upstreams.transport import Reply
-from gateway.wire.headers import response_headers
 from gateway.wire.tokens import answer_usage
 from gateway.wire.usage import Meter, new_meter
 
@@ -31,11 +30,9 @@ _COMMENT: Final = ord(":")
 _BYTES_PER_TOKEN: Final = 4
 
 
-def relay_whole(
-    request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool
-) -> web.StreamResponse:
+def relay_whole(request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool) -> web.StreamResponse:
     """Send a complete reply: one write. Raises only while nothing has been sent."""
-    fields = response_headers(reply.headers)  # raises UpstreamBroken for what must not pass
+    fields = reply.head.client_lines()  # raises UpstreamBroken for what must not pass
     _take_status(exchange, reply)
     data = reply.body()
     if not reply.streaming and reply.status < 300:
@@ -65,7 +62,7 @@ def settle_usage(exchange: Exchange) -> None:
 
 def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -> bytes:
     """A whole body through its meter: what the client gets of it."""
-    meter = exchange.meter = new_meter(reply.content_type, strip_usage)
+    meter = exchange.meter = new_meter(reply.head.content_type, strip_usage)
     if data:
         data = meter.feed(data, reply.first_byte_at)
     tail = meter.finish()
@@ -80,8 +77,8 @@ def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -
 
 async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool) -> web.StreamResponse:
     """Send a reply while it comes. Raises only while nothing has been sent, or when the client has gone."""
-    fields = response_headers(reply.headers)  # raises UpstreamBroken for what must not pass
-    meter = exchange.meter = new_meter(reply.content_type, strip_usage)
+    fields = reply.head.client_lines()  # raises UpstreamBroken for what must not pass
+    meter = exchange.meter = new_meter(reply.head.content_type, strip_usage)
     _take_status(exchange, reply)
     transport = request.transport
     if transport is None or transport.is_closing():
@@ -89,7 +86,7 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
     client = cast("ClientProtocol", request.protocol)
     keep_alive = _keep_alive(request)
     # The upstream's length holds only if nothing will be taken out; a meter that strips needs chunks.
-    length = None if reply.streaming else reply.content_length
+    length = None if reply.streaming else reply.head.content_length
     chunked = length is None and request.version >= HttpVersion11
     if length is not None:
         framing = b"Content-Length: %d\r\n" % length
@@ -109,7 +106,8 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
     def sink(data: bytes) -> None:
         nonlocal sent_bytes
         now = monotonic()
-        if data[0] != _COMMENT:  # a runtime's keep-alive comment is no sign of life of its model
+        # A runtime's keep-alive comment is no sign of life of its model; what comes with one may be.
+        if data[0] != _COMMENT or data.find(b"\ndata") >= 0:
             reply.progress(now)
         data = feed(data, now)
         if not data or closing():
@@ -159,7 +157,7 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
 
 def _last_event(exchange: Exchange, reply: Reply, error: UpstreamError) -> bytes:
     """The error in the form of the stream: a line where lines are streamed, an event where events are."""
-    lines = reply.content_type.lower().startswith(b"application/x-ndjson")
+    lines = reply.head.content_type.lower().startswith(b"application/x-ndjson")
     return render_event(error, "ollama" if lines else exchange.family, exchange.id)
 
 

@@ -25,6 +25,7 @@ from httptools import HttpParserError, HttpResponseParser
 
 from gateway.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
 from gateway.upstreams.upstream import Upstream
+from gateway.wire.head import HeadCache, ResponseHead
 
 SWEEP_S: Final = 0.05
 #: a stream is read this far ahead of a client before its sink is attached
@@ -32,7 +33,7 @@ READ_AHEAD_BYTES: Final = 64 * 1024
 #: an unstreamed answer up to this size is gathered whole before anything is said to the client
 GATHER_BYTES: Final = 1024 * 1024
 MAX_HEAD_BYTES: Final = 64 * 1024
-_STREAM_TYPES: Final = (b"text/event-stream", b"application/x-ndjson")
+_NO_HEAD: Final = ResponseHead(b"", 0)
 
 Sink = Callable[[bytes], None]
 
@@ -44,7 +45,7 @@ class StaleConnection(Exception):
 class Reply:
     """One answer of an upstream, from the moment its request was written.
 
-    `headers` are the raw pairs as received. `content_length` is None where the framing is chunked or until close.
+    `head` is empty until `head_complete`; after `Transport.send` it always is.
     """
 
     __slots__ = (
@@ -55,17 +56,13 @@ class Reply:
         "_paused",
         "_waiter",
         "complete",
-        "content_length",
-        "content_type",
         "first_byte_at",
+        "head",
         "head_complete",
-        "headers",
         "moved_at",
         "received",
         "sent_at",
         "sink",
-        "status",
-        "streaming",
         "timeouts",
     )
 
@@ -73,11 +70,7 @@ class Reply:
         self.timeouts = connection.upstream.timeouts  # for this exchange, whatever a reload brings
         self._connection: Connection | None = connection
         self.sent_at = sent_at
-        self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.content_type = b""
-        self.content_length: int | None = None
-        self.streaming = False
+        self.head = _NO_HEAD
         self.head_complete = False
         self.complete = False
         self.received = False  # any byte of an answer
@@ -89,6 +82,15 @@ class Reply:
         self._error: Exception | None = None
         self._paused = False
         self.moved_at = sent_at
+
+    @property
+    def status(self) -> int:
+        return self.head.status
+
+    @property
+    def streaming(self) -> bool:
+        """The body is a stream of events: SSE or NDJSON."""
+        return self.head.streaming
 
     # -- what the relay does ------------------------------------------------------------------------------------
 
@@ -172,7 +174,7 @@ class Reply:
     def _is_ready(self) -> bool:
         if self.complete:
             return True
-        if self.streaming:
+        if self.head.streaming:
             return self._buffered_bytes > 0
         return self._buffered_bytes >= GATHER_BYTES
 
@@ -225,10 +227,11 @@ class Connection(asyncio.Protocol):
     """One connection to an upstream, and the parser of its answers. In use exactly while `reply` is set."""
 
     __slots__ = (
+        "_bodiless_bytes",
         "_complete",
         "_ended",
         "_feed",
-        "_head_bytes",
+        "_head",
         "_keep_alive",
         "_parser",
         "_pieces",
@@ -259,7 +262,8 @@ class Connection(asyncio.Protocol):
         self._complete = False
         self._ended = False  # the upstream closed its side in order
         self._keep_alive = False
-        self._head_bytes = 0  # read since the last piece of body: heads, chunk sizes, trailers
+        self._head = b""  # read of a head that is not complete
+        self._bodiless_bytes = 0  # read since the last piece of body: interim heads, chunk sizes, trailers
         self._reading_paused = False
 
     def begin(self, head: bytes, body: bytes) -> Reply:
@@ -270,7 +274,8 @@ class Connection(asyncio.Protocol):
         self.requests += 1
         self._complete = False
         self._keep_alive = False
-        self._head_bytes = 0
+        self._bodiless_bytes = 0
+        self._head = b""
         reply = self.reply = Reply(self, monotonic())
         if len(body) < 16 * 1024:
             transport.write(head + body)
@@ -310,7 +315,7 @@ class Connection(asyncio.Protocol):
             return
         if not reply.head_complete:
             reply.received = True
-            self._head_bytes += len(data)
+            self._head = self._head + data if self._head else data
         try:
             self._feed(data)
         except HttpParserError as error:
@@ -325,7 +330,7 @@ class Connection(asyncio.Protocol):
         if pieces:
             body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             pieces.clear()
-            self._head_bytes = 0
+            self._bodiless_bytes = 0
             sink = reply.sink
             if sink is None:
                 reply.take(body)
@@ -338,8 +343,8 @@ class Connection(asyncio.Protocol):
                     return
         elif not self._complete:
             if reply.head_complete:
-                self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
+                self._bodiless_bytes += len(data)
+            if self._bodiless_bytes + len(self._head) > MAX_HEAD_BYTES:
                 what = "trailers are" if reply.head_complete else "response head is"
                 self._break(f"its {what} larger than {MAX_HEAD_BYTES} bytes")
                 return
@@ -361,7 +366,7 @@ class Connection(asyncio.Protocol):
         if reply is None:
             self._pool.forget(self)
             return
-        if self._ended and reply.head_complete and reply.content_length is None and not _chunked(reply):
+        if self._ended and reply.head_complete and reply.head.content_length is None and not reply.head.chunked:
             reply.complete = True  # the answer was delimited by the close
             self._done(reply)
         elif not reply.received and self.requests > 1:
@@ -379,43 +384,28 @@ class Connection(asyncio.Protocol):
         if self._complete:  # bytes after the end of the answer: take what is ours, trust nothing after it
             self._keep_alive = False
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        reply = self.reply
-        if reply is not None and not reply.head_complete:  # a trailer is no header (RFC 9110 section 6.5.1)
-            reply.headers.append((name, value))
-
     def on_headers_complete(self) -> None:
         reply = self.reply
         if reply is None or self._complete:
             return
         status: int = self._parser.get_status_code()
-        if status < 200:
-            reply.headers.clear()
+        block, _, rest = self._head.lstrip(b"\r\n").partition(b"\r\n\r\n")
+        if not 200 <= status <= 599:  # RFC 9110 section 15
             if status == 101:
                 raise _Refused("it switched protocols without being asked")
-            if status >= 100:
-                return
-        if not 200 <= status <= 599:  # RFC 9110 section 15
-            raise _Refused("its status code is invalid")
-        # The count includes what was read along with the head, so look closer.
-        if self._head_bytes > MAX_HEAD_BYTES and _size(reply.headers) > MAX_HEAD_BYTES:
+            if not 100 <= status < 200:
+                raise _Refused("its status code is invalid")
+            self._head = rest  # an interim answer: the real one follows, before too many of them
+            self._bodiless_bytes += len(block) + 4
+            return
+        if len(block) > MAX_HEAD_BYTES:
             raise _Refused(f"its response head is larger than {MAX_HEAD_BYTES} bytes")
-        reply.status = status
-        chunked = False
-        for name, value in reply.headers:
-            length = len(name)
-            if length == 12:
-                if name.lower() == b"content-type":
-                    reply.content_type = value
-                    reply.streaming = value[:20].lower().startswith(_STREAM_TYPES)
-            elif length == 14:
-                if name.lower() == b"content-length":
-                    reply.content_length = int(value)
-            elif length == 17 and name.lower() == b"transfer-encoding":
-                if chunked or value.strip().lower() != b"chunked":
-                    raise _Refused("it used a transfer coding that was not asked for")
-                chunked = True
+        try:
+            reply.head = self._pool.heads.read(block, status)
+        except ValueError as error:
+            raise _Refused(str(error)) from None
         reply.head_complete = True
+        self._head = b""
 
     def on_message_complete(self) -> None:
         reply = self.reply
@@ -474,15 +464,6 @@ class _Refused(Exception):
     """Raised inside a parser callback; httptools turns it into its HttpParserCallbackError."""
 
 
-def _size(headers: list[tuple[bytes, bytes]]) -> int:
-    """Bytes of the header lines as sent, or a little less."""
-    return sum([len(name) + len(value) + 4 for name, value in headers])
-
-
-def _chunked(reply: Reply) -> bool:
-    return any(len(name) == 17 and name.lower() == b"transfer-encoding" for name, _ in reply.headers)
-
-
 def _in_order(transport: asyncio.Transport) -> bool:
     """Whether an end of the stream is the upstream's own word.
 
@@ -509,7 +490,7 @@ def _reason(error: Exception) -> str:
 class Pool:
     """The connections of one upstream: idle ones, most recently used last, and those in use."""
 
-    __slots__ = ("active", "idle", "idle_s", "tls", "upstream")
+    __slots__ = ("active", "heads", "idle", "idle_s", "tls", "upstream")
 
     def __init__(self, upstream: Upstream, idle_s: float, tls: ssl.SSLContext | None) -> None:
         self.upstream = upstream
@@ -517,6 +498,7 @@ class Pool:
         self.tls = tls
         self.idle: deque[Connection] = deque()
         self.active: set[Connection] = set()
+        self.heads = HeadCache()
 
     def keep(self, connection: Connection) -> None:
         connection.idle_at = monotonic()

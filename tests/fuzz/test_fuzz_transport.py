@@ -84,7 +84,7 @@ def play(parts: list[bytes], *, attached: bool = False) -> Answer | None:
     if error is not None:
         assert isinstance(error, UpstreamBroken)
         return None
-    headers = [(name, value.strip()) for name, value in reply.headers]
+    headers = [(name, value.strip()) for name, value in reply.head.headers]
     return Answer(reply.status, headers, b"".join(pieces) if attached else reply.body())
 
 
@@ -154,7 +154,7 @@ async def test_over_a_socket_too(name: str) -> None:
         for at in cuts:
             async with Scripted([wire[:at], 0.002, wire[at:], "close"]) as server:
                 reply = await asyncio.wait_for(transport.send(server.upstream(), head(), BODY), 2)
-                answer = Answer(reply.status, [(k, v.strip()) for k, v in reply.headers], await read(reply))
+                answer = Answer(reply.status, [(k, v.strip()) for k, v in reply.head.headers], await read(reply))
                 reply.close()
                 assert answer == expected, f"cut at byte {at}"
 

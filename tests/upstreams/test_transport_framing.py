@@ -102,8 +102,8 @@ async def test_a_stream_is_given_out_with_its_first_byte_and_ends_exactly() -> N
         reply = await transport.send(server.upstream(), head(), BODY)
         assert reply.streaming
         assert not reply.complete
-        assert reply.content_length is None
-        assert (b"Content-Type", b"text/event-stream") in reply.headers
+        assert reply.head.content_length is None
+        assert (b"Content-Type", b"text/event-stream") in reply.head.headers
         assert await read(reply) == b"data: 1\ndata: 2\n"
         assert reply.complete
 
@@ -115,7 +115,7 @@ async def test_trailers_and_interim_headers_are_not_headers() -> None:
     async with Scripted(script) as server, client() as transport:
         reply = await transport.send(server.upstream(), head(), BODY)
         assert reply.complete
-        assert reply.headers == [(b"Transfer-Encoding", b"chunked")]
+        assert reply.head.headers == [(b"Transfer-Encoding", b"chunked")]
 
 
 #: name: what an upstream says that is no answer
@@ -218,7 +218,7 @@ async def test_a_big_head_under_the_limit_passes_however_much_body_comes_with_it
     wire = b"HTTP/1.1 200 OK\r\n" + fields + b"Content-Length: %d\r\n\r\n" % len(body) + body
     async with Scripted([wire]) as server, client() as transport:
         reply = await transport.send(server.upstream(), head(), BODY)
-        assert len(reply.headers) == count + 1
+        assert len(reply.head.headers) == count + 1
         assert await read(reply) == body
         reply.close()
 
