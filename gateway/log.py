@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import sys
+import traceback
 from typing import Final
 
 import msgspec
@@ -64,6 +65,21 @@ class RequestLog:
             self._lines.append(data[written:-1])
             self._held_bytes = len(data) - written
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
+
+
+def trace(error: BaseException) -> str:
+    """Where an exception came from: its type and the lines of code, and those of what caused it.
+
+    Its text is left out, and so are all values: a message such as KeyError's may hold a request's own bytes, which
+    must not reach a log.
+    """
+    parts = []
+    seen: BaseException | None = error
+    while seen is not None and len(parts) < 8:
+        frames = traceback.format_list(traceback.extract_tb(seen.__traceback__, limit=-12))
+        parts.append(f"Traceback (most recent call last):\n{''.join(frames)}{type(seen).__name__}")
+        seen = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+    return "\ncaused by:\n".join(parts)
 
 
 def setup(level: str = "info") -> None:

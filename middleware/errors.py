@@ -9,6 +9,7 @@ from aiohttp import web
 
 from gateway.answer import EXCHANGE, SENT_CLOSE, send_error
 from gateway.errors import GatewayError
+from gateway.log import trace
 from middleware import Handler
 
 _log = logging.getLogger("gateway.errors")
@@ -24,10 +25,9 @@ class Errors:
             raise
         except ConnectionError as error:  # the client's transport closed under a write
             raise asyncio.CancelledError from error
-        except Exception:
+        except Exception as error:
             exchange = request[EXCHANGE]
-            # The traceback shows code, never values: a request's bytes must not reach a log.
-            _log.exception("request %s failed inside the gateway", exchange.id)
+            _log.error("request %s failed inside the gateway\n%s", exchange.id, trace(error))
             exchange.outcome = "internal_error"
             known = GatewayError(f"the gateway failed on this request; its log has {exchange.id}")
         exchange = request[EXCHANGE]

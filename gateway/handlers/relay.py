@@ -95,8 +95,9 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
     else:
         framing = b""
         keep_alive = False
+    head = _head(exchange, reply.status, fields, keep_alive, request, framing)
     exchange.committed = True
-    transport.write(_head(exchange, reply.status, fields, keep_alive, request, framing))
+    transport.write(head)
 
     feed = meter.feed
     write = transport.write

@@ -333,6 +333,24 @@ async def test_comments_are_no_sign_of_life(sim: SimServer) -> None:
         assert here.record.error == "upstream_idle_timeout"
 
 
+async def test_an_event_behind_a_comment_is_one() -> None:
+    async def script(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD + framed(event()))
+        for _ in range(8):
+            await asyncio.sleep(0.08)
+            writer.write(framed(b": busy\n\n" + event()))
+        writer.write(framed(FINISH + DONE) + LAST_CHUNK)
+        await writer.drain()
+
+    async with (
+        Scripted(script) as upstream,
+        gateway(provider("one", upstream.url, timeouts=timeouts(idle_s=0.3))) as here,
+    ):
+        answer = await here.ask("POST", CHAT, chat(stream=True))
+        assert answer.body.endswith(DONE)
+        assert here.record.completion_tokens == 9
+
+
 async def test_a_slow_but_steady_stream_is_not_cut(sim: SimServer) -> None:
     sim.faults = {"token_s": 0.05}
     async with gateway(provider("one", sim.url, timeouts=timeouts(idle_s=0.4, first_byte_s=0.4))) as here:
