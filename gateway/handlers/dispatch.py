@@ -113,6 +113,9 @@ def patched(plan: Plan, offer: Offer) -> bytes:
     replace = plan.replace
     remove = plan.remove
     model = offer.model
+    if not (replace or remove or plan.tools or body.stream) and body.model == model.name:
+        plan.strip_usage = False
+        return body.raw
     if body.model != model.name:
         replace = {**replace, "model": orjson.dumps(model.name)}
     if plan.tools and not model.supports_tools:

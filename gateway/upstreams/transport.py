@@ -163,11 +163,7 @@ class Reply:
     async def ready(self) -> None:
         """Wait until the client could be answered; see the module's docstring for when that is."""
         if not self._is_ready() and self._error is None:
-            waiter = self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         if self._error is not None:
             raise self._error
 
@@ -178,12 +174,9 @@ class Reply:
             return self._buffered_bytes > 0
         return self._buffered_bytes >= GATHER_BYTES
 
-    async def _wait(self) -> None:
+    def _wait(self) -> asyncio.Future[None]:
         waiter = self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await waiter
-        finally:
-            self._waiter = None
+        return waiter
 
     def _wake(self) -> None:
         waiter = self._waiter

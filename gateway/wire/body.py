@@ -8,7 +8,7 @@ matches names without regard to case, the last one winning. Such bodies are refu
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from msgspec import DecodeError, Raw, Struct, ValidationError
@@ -183,7 +183,7 @@ class Body:
                     right = key.casefold()
                     raise BadRequest(f"A key is spelt unlike {right!r} by case only: write {right!r}.", param=right)
         compact = 1 + (len(names) if plain else len(names.encode())) + 4 * len(values)
-        compact += sum([len(memoryview(value)) for value in values.values()])
+        compact += len(b"".join(values.values())) if len(self.raw) < 16_384 else _sizes(values.values())
         # As long as its distinct members written without white space: nothing else can be in it. Otherwise look.
         if len(self.raw) != compact:
             self._located()
@@ -238,6 +238,10 @@ def usage_options(body: Body) -> bytes:
 def set_include_usage(body: Body) -> bytes:
     """The whole body with `usage_options` in place."""
     return body.patch({"stream_options": usage_options(body)})
+
+
+def _sizes(values: Iterable[Raw]) -> int:
+    return sum(len(memoryview(value)) for value in values)
 
 
 def _decode_object(raw: bytes) -> dict[str, Raw]:

@@ -88,10 +88,6 @@ _RESPONSE_NAMES |= {raw: _DROP for name in _RESPONSE_DROP for raw in _spellings(
 _RESPONSE_NAMES |= dict.fromkeys(_spellings("connection"), _CONNECTION)
 _RESPONSE_NAMES |= dict.fromkeys(_spellings("content-encoding"), _ENCODING)
 
-# Verdicts on names as clients spell them; clients are few and send the same ones with every request.
-_seen: dict[bytes, bytes] = {}
-_SEEN_MAX = 1024
-
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 #: every byte a header line may hold; obs-text (0x80 and above) passes as it came
 _FINE = bytes(byte for byte in range(256) if byte >= 32 and byte != 127) + b"\t"
@@ -118,26 +114,29 @@ def request_headers(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
     Raises BadRequest for a name with `_`, which servers that map names to variables mistake for `-`, and for control
     characters in a value that would pass.
     """
-    passed = []
-    for raw, value in items:
-        name = _seen.get(raw)
-        if name is None:
-            name = _judge(raw)
-        if name:
-            if value.translate(None, _FINE):
-                raise BadRequest("A header value holds a control character.", code="invalid_header")
-            passed.append((name, value))
+    passed = [(name, value) for raw, value in items if (name := _verdicts[raw])]
+    for _, value in passed:
+        if value.translate(None, _FINE):
+            raise BadRequest("A header value holds a control character.", code="invalid_header")
     return passed
 
 
-def _judge(raw: bytes) -> bytes:
-    """The name to send for a header name as it came, b"" for one that stays here; remembered, up to a bound."""
-    if 95 in raw:
-        raise BadRequest("A header name with an underscore is refused: write '-'.", code="invalid_header")
-    name = _REQUEST_NAMES.get(raw.lower(), b"")
-    if len(_seen) < _SEEN_MAX:
-        _seen[raw] = name
-    return name
+class _Verdicts(dict[bytes, bytes]):
+    """Header name as it came -> name to send, b"" for one that stays here.
+
+    Remembered, up to a bound: clients are few, and send the same names with every request.
+    """
+
+    def __missing__(self, raw: bytes) -> bytes:
+        if 95 in raw:
+            raise BadRequest("A header name with an underscore is refused: write '-'.", code="invalid_header")
+        name = _REQUEST_NAMES.get(raw.lower(), b"")
+        if len(self) < 1024:
+            self[raw] = name
+        return name
+
+
+_verdicts = _Verdicts()
 
 
 def response_headers(pairs: list[tuple[bytes, bytes]]) -> bytes:
