@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
+import stat
 import sys
 import traceback
 from typing import Final
@@ -19,6 +21,8 @@ from gateway.ledger.record import Record
 
 FLUSH_S: Final = 0.05
 MAX_HELD_BYTES: Final = 1024 * 1024
+#: a pipe that says it can be written to takes this much at once (POSIX: PIPE_BUF, on Linux one page)
+PIPE_BYTES: Final = 4096
 
 
 class RequestLog:
@@ -30,6 +34,11 @@ class RequestLog:
         self._held_bytes = 0
         self._encode = msgspec.json.Encoder().encode
         self._timer: asyncio.TimerHandle | None = None
+        #: asked before each write to what may block (a pipe, a socket, a terminal); None for a plain file
+        self._poll: select.poll | None = None
+        if not stat.S_ISREG(os.fstat(fd).st_mode) and hasattr(select, "poll"):
+            self._poll = select.poll()
+            self._poll.register(fd, select.POLLOUT)
         self.dropped = 0  # lines given up because the reader of our output does not read
 
     def post(self, record: Record) -> None:
@@ -55,9 +64,7 @@ class RequestLog:
         self._lines.clear()
         self._held_bytes = 0
         try:
-            written = os.write(self._fd, data)
-        except BlockingIOError:
-            written = 0
+            written = self._write(data)
         except OSError:  # nobody can be told that the log is gone
             self.dropped += data.count(b"\n")
             return
@@ -66,6 +73,19 @@ class RequestLog:
             self._held_bytes = len(data) - written
             self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self.flush)
 
+    def _write(self, data: bytes) -> int:
+        """Write as much as can be written without waiting: a full pipe must not stop the event loop."""
+        if self._poll is None:
+            return os.write(self._fd, data)
+        written = 0
+        view = memoryview(data)
+        while written < len(data) and self._poll.poll(0):
+            try:
+                written += os.write(self._fd, view[written : written + PIPE_BYTES])
+            except BlockingIOError:
+                break
+        return written
+
 
 def trace(error: BaseException) -> str:
     """Where an exception came from: its type and the lines of code, and those of what caused it.
@@ -73,7 +93,7 @@ def trace(error: BaseException) -> str:
     Its text is left out, and so are all values: a message such as KeyError's may hold a request's own bytes, which
     must not reach a log.
     """
-    parts = []
+    parts: list[str] = []
     seen: BaseException | None = error
     while seen is not None and len(parts) < 8:
         frames = traceback.format_list(traceback.extract_tb(seen.__traceback__, limit=-12))

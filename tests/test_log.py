@@ -6,6 +6,8 @@ import asyncio
 import json
 import os
 
+import pytest
+
 from gateway.exchange import Exchange
 from gateway.ledger.record import record
 from gateway.log import MAX_HELD_BYTES, RequestLog, trace
@@ -30,9 +32,10 @@ async def test_lines_are_gathered_and_written_at_once() -> None:
     os.close(writer)
 
 
-async def test_a_reader_that_does_not_read_costs_lines_and_no_time() -> None:
+@pytest.mark.parametrize("blocking", [True, False])
+async def test_a_reader_that_does_not_read_costs_lines_and_no_time(blocking: bool) -> None:
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    os.set_blocking(writer, blocking)
     log = RequestLog(writer)
     posted = 0
     while log.dropped == 0:
