@@ -109,7 +109,7 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
         now = monotonic()
         # A runtime's keep-alive comment is no sign of life of its model; what comes with one may be.
         if data[0] != _COMMENT or data.find(b"\ndata") >= 0:
-            reply.progress(now)
+            reply.moved_at = now
         data = feed(data, now)
         if not data or closing():
             return
