@@ -132,7 +132,8 @@ class App:
         self.metrics.requests[key] = self.metrics.requests.get(key, 0) + 1
 
     def _changed(self, upstream: Upstream) -> None:
-        _log.info("upstream %s is %s: %s", upstream.name, upstream.health.status, upstream.health.reason)
+        health = upstream.health
+        _log.info("upstream %s is %s%s", upstream.name, health.status, f": {health.reason}" if health.reason else "")
         self.catalog.rebuild()
 
     def _unready(self) -> list[str]:

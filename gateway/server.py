@@ -59,7 +59,9 @@ class ClientProtocol(RequestHandler):
         manager = self._manager
         handler = self._request_handler
         make_request = self._request_factory
-        assert manager is not None and handler is not None and make_request is not None
+        assert manager is not None
+        assert handler is not None
+        assert make_request is not None
         task = self._task_handler or asyncio.current_task()
         assert task is not None
         while not self._force_close:
@@ -190,14 +192,19 @@ class Listeners:
         self.address: Listen | None = None
         self.metrics_address: Listen | None = None
 
-    async def open(self) -> None:
-        """Listen. Raises OSError with the address in its text."""
+    async def bind(self) -> None:
+        """Take the addresses, and let nobody in yet. Raises OSError with the address in its text."""
         config = self._app.config
-        self.address = await self._listen(config.listen, self._app.handle)
+        self.address = await self._bind(config.listen, self._app.handle)
         if config.metrics_listen is not None:
-            self.metrics_address = await self._listen(config.metrics_listen, self._app.handle_metrics)
+            self.metrics_address = await self._bind(config.metrics_listen, self._app.handle_metrics)
 
-    async def _listen(self, listen: Listen, handler: Any) -> Listen:
+    async def open(self) -> None:
+        """Let clients in."""
+        for _, listening in self._servers:
+            await listening.start_serving()
+
+    async def _bind(self, listen: Listen, handler: Any) -> Listen:
         server = GatewayServer(
             handler,
             self._app.malformed,
@@ -209,7 +216,7 @@ class Listeners:
         )
         loop = asyncio.get_running_loop()
         try:
-            listening = await loop.create_server(server, listen.host, listen.port, backlog=4096)
+            listening = await loop.create_server(server, listen.host, listen.port, backlog=4096, start_serving=False)
         except OSError as error:
             raise OSError(error.errno, f"cannot listen on {listen}: {error.strerror or error}") from error
         self._servers.append((server, listening))
@@ -230,15 +237,17 @@ class Listeners:
 async def run(app: App, stop: asyncio.Event, started: Callable[[Listeners], None]) -> None:
     """Serve until `stop` is set, then drain: no new connections, running answers finish, up to `shutdown_s`."""
     listeners = Listeners(app)
-    await app.start()
     try:
+        await listeners.bind()  # before any upstream is asked: an address in use is known at once
+        await app.start()
         await listeners.open()
         started(listeners)
         await stop.wait()
         app.draining = True
         listeners.stop_accepting()
         deadline_at = monotonic() + app.config.shutdown_s
-        while app.in_flight() and monotonic() < deadline_at:
+        # Looked at, not waited for: what each request does at its end is to take one from a number.
+        while app.in_flight() and monotonic() < deadline_at:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         if app.in_flight():
             _log.warning("%d requests are cut at the end of the drain time", app.in_flight())

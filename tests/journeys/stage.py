@@ -151,8 +151,9 @@ async def gateway(
         app = App(config, ring)
         app.log = RequestLog(log.fileno())
         listeners = Listeners(app)
-        await app.start()
         try:
+            await listeners.bind()
+            await app.start()
             await listeners.open()
             yield Gateway(app, listeners, ring, keys, log)
         finally:
