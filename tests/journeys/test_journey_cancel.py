@@ -77,6 +77,7 @@ async def test_the_upstream_is_let_go_at_once(sim: SimServer, phase: str, how: s
     assert statistics.median(taken) < SOON_S, taken
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop"])  # slow
 async def test_a_client_that_leaves_while_the_gateway_connects() -> None:
     with deaf() as port:
         async with gateway(provider("one", f"http://127.0.0.1:{port}/v1")) as here:

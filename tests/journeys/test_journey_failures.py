@@ -288,6 +288,7 @@ async def until_gone(sim: SimServer) -> None:
     raise AssertionError("the upstream's connection is still open")
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop"])  # slow
 async def test_a_connection_that_does_not_come_is_504() -> None:
     loop = asyncio.get_running_loop()
     with deaf() as port:
@@ -333,6 +334,7 @@ async def test_comments_are_no_sign_of_life(sim: SimServer) -> None:
         assert here.record.error == "upstream_idle_timeout"
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop"])  # slow
 async def test_an_event_behind_a_comment_is_one() -> None:
     async def script(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(SSE_HEAD + framed(event()))
@@ -351,6 +353,7 @@ async def test_an_event_behind_a_comment_is_one() -> None:
         assert here.record.completion_tokens == 9
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop"])  # slow
 async def test_a_slow_but_steady_stream_is_not_cut(sim: SimServer) -> None:
     sim.faults = {"token_s": 0.05}
     async with gateway(provider("one", sim.url, timeouts=timeouts(idle_s=0.4, first_byte_s=0.4))) as here:

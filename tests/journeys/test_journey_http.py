@@ -122,7 +122,6 @@ async def test_a_body_too_long_by_its_own_word_is_refused_unread(here: Gateway, 
         assert_ours(answer, 413, "request_too_large")
         assert "10000" in answer.error["message"]
         assert answer.header("Connection") == "close"
-        assert await client.reader.read() == b""
     assert not upstream.seen
 
 

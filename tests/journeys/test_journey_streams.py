@@ -161,6 +161,7 @@ async def test_the_engines_framings(fault: str) -> None:
 # -- clients that do not read ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop"])  # slow
 async def test_clients_that_never_read_stop_their_upstreams() -> None:
     """Each stream is endless: without backpressure the engine would fill the memory."""
     count = 50
@@ -246,6 +247,7 @@ async def test_a_slow_reader_gets_everything() -> None:
         client.abort()
 
 
+@pytest.mark.asyncio(loop_factories=["uvloop"])  # slow
 async def test_a_paused_stream_is_not_idle() -> None:
     """While the client does not read, the upstream's silence is the gateway's own doing."""
 
