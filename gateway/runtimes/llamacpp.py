@@ -3,6 +3,10 @@
 `/health` is 503 "Loading model" until the model is in memory, and stays open when the server has an API
 key. The connection is closed after every streamed answer, though the headers promise keep-alive; otherwise
 after 5 s.
+
+The last chunk of a stream carries `timings`, with the counts of a usage, unless usage was asked for: then they move
+to the usage chunk. So nothing is asked for, and the client gets its stream byte for byte; only with n > 1, where each
+choice has timings of its own, usage is.
 """
 
 from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models
@@ -15,6 +19,6 @@ LLAMACPP = Runtime(
     models_path="/v1/models",
     parse_models=parse_openai_models,
     paths=OPENAI_PATHS,
-    inject_usage=True,
+    inject_usage=False,
     idle_s=5.0,
 )

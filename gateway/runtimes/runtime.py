@@ -39,7 +39,7 @@ class Runtime:
     parse_models: Callable[[bytes], tuple[str, ...]]
     #: operation -> path: what the data plane may ask of this runtime
     paths: Mapping[str, str]
-    #: `stream_options.include_usage` may be added to a streamed request
+    #: `stream_options.include_usage` is added to a streamed request that does not ask for it
     inject_usage: bool
     #: the runtime closes a kept-alive connection that was idle for this long; ours must be closed earlier
     idle_s: float

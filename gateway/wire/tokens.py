@@ -96,6 +96,15 @@ class _Document(Struct):
     response: Raw | UnsetType = UNSET  # Responses events; text in Ollama's /api/generate
     eval_count: Raw | UnsetType = UNSET
     prompt_eval_count: Raw | UnsetType = UNSET
+    timings: Raw | UnsetType = UNSET
+
+
+class _Timings(Struct):
+    """llama.cpp's own account of an answer, in the last chunk of a stream whether usage was asked for or not."""
+
+    prompt_n: int  # processed now, that is without `cache_n`
+    predicted_n: int
+    cache_n: int = 0
 
 
 class _Answer(Struct):
@@ -121,6 +130,7 @@ _anything = Decoder(strict=False)
 _document = Decoder(_Document)
 _answer = Decoder(_Answer)
 _choices = Decoder(list[_Choice])
+_timings = Decoder(_Timings)
 _error = Decoder(_Error)
 _text = Decoder(str)
 
@@ -226,6 +236,10 @@ def read(document: bytes | memoryview) -> Report | None:
         trailing = usage is not None and found.choices is not UNSET and _carries_nothing(found.choices)
     elif found.prompt_eval_count is not UNSET or found.eval_count is not UNSET:
         usage = usage_from_json(document)
+    elif found.timings is not UNSET:
+        timings = _decoded(_timings, found.timings)
+        if timings is not None:
+            usage = Usage(timings.prompt_n + timings.cache_n, timings.predicted_n, timings.cache_n)
     inner = found.response if found.response is not UNSET else found.message
     error = None if found.error is UNSET else _error_text(memoryview(found.error))
     if inner is not UNSET and bytes(memoryview(inner)[:1]) == b"{":

@@ -186,7 +186,8 @@ class SseMeter(_Count):
                     return data
                 return b"" if self._event(data, now) and self._strip else data
             events = data.split(b"\n\n")
-            events.pop()
+            if events.pop():  # an empty line more than an event's end
+                return self._feed_split(data, now)
             kept = [event for event in events if not self._event(event, now) or not self._strip]
             if len(kept) == len(events):
                 return data
@@ -284,7 +285,7 @@ class SseMeter(_Count):
             self._content(now)
             self._learn(event, kind, name, content)
         report = None
-        if b'"usage"' in data or b'"error"' in data or kind == b"error":
+        if b'"usage"' in data or b'"timings"' in data or b'"error"' in data or kind == b"error":
             report = read(data)
             if report is not None:
                 self._report(report)

@@ -99,7 +99,12 @@ async def test_a_client_that_does_not_ask_gets_all_but_the_usage_chunk(name: str
     (recording,) = load(name)[:1]
     request = asked_for(name)
     request.pop("stream_options", None)
-    answer, sent = await replayed(recording, path, RUNTIMES[name.partition("/")[0]], request)
+    runtime = RUNTIMES[name.partition("/")[0]]
+    answer, sent = await replayed(recording, path, runtime, request)
+    if runtime == "llamacpp" and request.get("n", 1) == 1:  # says its counts unasked, so nothing is asked and nothing taken out
+        assert answer.body == recording.body
+        assert sent == json.dumps(request).encode()
+        return
     chunk = usage_chunk(recording.body)
     expected = recording.body.replace(chunk, b"") if chunk else recording.body
     assert len(expected) == len(recording.body) - len(chunk)

@@ -328,7 +328,8 @@ async def test_comments_are_no_sign_of_life(sim: SimServer) -> None:
     """llama-server's pings go on while its model hangs: they pass, and the idle timeout runs on."""
     sim.faults = {"stall_at_token": 6, "ping_s": 0.05}
     async with gateway(provider("one", sim.url, timeouts=timeouts(idle_s=0.4))) as here:
-        answer = await here.ask("POST", CHAT, chat(stream=True))
+        async with asyncio.timeout(5):
+            answer = await here.ask("POST", CHAT, chat(stream=True))
         assert answer.body.count(b":\n\n") >= 3
         assert b'"upstream_idle_timeout"' in answer.body
         assert here.record.error == "upstream_idle_timeout"

@@ -54,6 +54,24 @@ async def test_simultaneous_arrivals_are_spread_evenly(sims: tuple[SimServer, Si
         here.assert_idle()
 
 
+async def test_load_counts_and_not_what_was_served(sims: tuple[SimServer, SimServer]) -> None:
+    one, two = sims
+    async with gateway(provider("one", one.url), provider("two", two.url)) as here:
+        for _ in range(10):
+            await here.ask("POST", LOCAL, {**chat(max_tokens=1), "provider": "two"})
+        for sim in sims:
+            sim.faults = {"first_token_s": 0.2}
+        held = [
+            asyncio.create_task(here.ask("POST", LOCAL, {**chat(max_tokens=1), "provider": "one"})) for _ in range(3)
+        ]
+        first, second = here.app.catalog.upstreams
+        await until(lambda: first.in_flight == 3, what="three held")
+        held += [asyncio.create_task(here.ask("POST", CHAT, chat(max_tokens=1))) for _ in range(3)]
+        await until(lambda: first.in_flight + second.in_flight == 6, what="six held")
+        assert (first.in_flight, second.in_flight) == (3, 3)
+        await asyncio.gather(*held)
+
+
 async def test_one_after_the_other_they_take_turns(sims: tuple[SimServer, SimServer]) -> None:
     one, two = sims
     async with gateway(provider("one", one.url), provider("two", two.url)) as here:
