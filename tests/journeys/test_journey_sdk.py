@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 
@@ -145,6 +146,18 @@ async def test_unknown_fields_and_headers_of_the_client_are_fine() -> None:
         assert answer.choices[0].message.reasoning_content == "because"  # type: ignore[attr-defined]  # an extension of runtimes
         assert b'"chat_template_kwargs"' in upstream.seen[0].body
         assert b"null" not in upstream.seen[0].body
+
+
+async def test_aiohttp_as_the_client(here: Gateway) -> None:
+    headers = {"Authorization": f"Bearer {here.key}"}
+    async with aiohttp.ClientSession(here.url, headers=headers) as session:
+        for _ in range(3):
+            async with session.post("/v1/chat/completions", json=chat(stream=True, max_tokens=6)) as response:
+                assert response.content_type == "text/event-stream"
+                lines = [line async for line in response.content]
+            assert lines[-2] == b"data: [DONE]\n"
+        async with session.get("/v1/models") as response:
+            assert (await response.json())["object"] == "list"
 
 
 class Thread:
