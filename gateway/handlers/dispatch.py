@@ -123,7 +123,7 @@ def patched(plan: Plan, offer: Offer) -> bytes:
     plan.strip_usage = False
     native = plan.native and plan.native in offer.upstream.runtime.paths
     streamed = replace.get("stream", b"true" if body.stream else b"false") == b"true"
-    if streamed and not native and not body.include_usage and (offer.upstream.runtime.inject_usage or body.n > 1):
+    if streamed and not native and not body.include_usage and offer.upstream.runtime.inject_usage:
         plan.strip_usage = True
         replace = {**replace, "stream_options": usage_options(body)}
     if not replace and not remove:

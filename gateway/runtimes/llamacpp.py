@@ -4,9 +4,8 @@
 key. The connection is closed after every streamed answer, though the headers promise keep-alive; otherwise
 after 5 s.
 
-The last chunk of a stream carries `timings`, with the counts of a usage, unless usage was asked for: then they move
-to the usage chunk. So nothing is asked for, and the client gets its stream byte for byte; only with n > 1, where each
-choice has timings of its own, usage is.
+The last chunk of each choice carries `timings`, with the counts of a usage, unless usage was asked for: then they move
+to usage chunks (one for each choice, too). So nothing is asked for, and the client gets its stream byte for byte.
 """
 
 from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models

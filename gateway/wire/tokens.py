@@ -204,10 +204,12 @@ def _whole(value: Any) -> int | None:
 class Report:
     """What one JSON document (an unstreamed answer, or the data of one event) says."""
 
-    __slots__ = ("error", "trailing", "usage")
+    __slots__ = ("error", "one_of", "trailing", "usage")
 
-    def __init__(self, usage: Usage | None, error: str | None, trailing: bool) -> None:
+    def __init__(self, usage: Usage | None, error: str | None, trailing: bool, one_of: str = "") -> None:
         self.usage = usage
+        #: llama.cpp accounts for each choice of n apart, by "usage" chunks or by "timings": to be added up
+        self.one_of = one_of
         self.error = error  # at most ERROR_CHARS
         self.trailing = trailing  # a usage chunk that carries nothing else
 
@@ -230,16 +232,20 @@ def read(document: bytes | memoryview) -> Report | None:
         found = _document.decode(document)
     except UNREADABLE:
         return None
-    usage, trailing = None, False
+    usage, trailing, one_of = None, False, ""
     if found.usage is not UNSET:
         usage = usage_from_json(memoryview(found.usage))
         trailing = usage is not None and found.choices is not UNSET and _carries_nothing(found.choices)
     elif found.prompt_eval_count is not UNSET or found.eval_count is not UNSET:
         usage = usage_from_json(document)
-    elif found.timings is not UNSET:
-        timings = _decoded(_timings, found.timings)
-        if timings is not None:
-            usage = Usage(timings.prompt_n + timings.cache_n, timings.predicted_n, timings.cache_n)
+    if found.timings is not UNSET:
+        if trailing:
+            one_of = "usage"
+        elif usage is None and found.choices is not UNSET and _ends_a_choice(found.choices):
+            timings = _decoded(_timings, found.timings)
+            if timings is not None:
+                one_of = "timings"
+                usage = Usage(timings.prompt_n + timings.cache_n, timings.predicted_n, timings.cache_n)
     inner = found.response if found.response is not UNSET else found.message
     error = None if found.error is UNSET else _error_text(memoryview(found.error))
     if inner is not UNSET and bytes(memoryview(inner)[:1]) == b"{":
@@ -249,7 +255,7 @@ def read(document: bytes | memoryview) -> Report | None:
                 usage = usage_from_json(memoryview(nested.usage))
             if error is None and nested.error is not UNSET:
                 error = _error_text(memoryview(nested.error))
-    return Report(usage, error, trailing)
+    return Report(usage, error, trailing, one_of)
 
 
 def message_text(document: bytes | memoryview) -> str:
@@ -262,6 +268,11 @@ def _decoded(decoder: Decoder[T], value: bytes | memoryview | Raw) -> T | None:
         return decoder.decode(value)
     except UNREADABLE:
         return None
+
+
+def _ends_a_choice(choices: Raw) -> bool:
+    found = _decoded(_choices, choices) or ()
+    return any(one.finish_reason is not UNSET and bytes(one.finish_reason) != b"null" for one in found)
 
 
 def _carries_nothing(choices: Raw) -> bool:

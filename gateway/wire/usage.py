@@ -73,7 +73,7 @@ class Meter(Protocol):
 class _Count:
     """What all meters keep, and how they settle on a result."""
 
-    __slots__ = ("error", "events", "finished", "first_content_at", "last_content_at", "usage")
+    __slots__ = ("_one_of", "error", "events", "finished", "first_content_at", "last_content_at", "usage")
 
     def __init__(self) -> None:
         self.usage: Usage | None = None
@@ -82,6 +82,7 @@ class _Count:
         self.last_content_at = 0.0
         self.finished = False
         self.error: str | None = None
+        self._one_of = ""  # how the choices of n are accounted for, where each is apart
 
     def result(self, prompt_estimate: int) -> Usage:
         return self._settle(prompt_estimate, self.events)
@@ -110,6 +111,11 @@ class _Count:
     def _report(self, report: Report) -> None:
         usage = report.usage
         if usage is not None and (usage.prompt or usage.completion):
+            if report.one_of:
+                if self.usage is not None and self._one_of == report.one_of:
+                    usage.completion += self.usage.completion
+                    usage.prompt, usage.cached = max(usage.prompt, self.usage.prompt), self.usage.cached
+                self._one_of = report.one_of
             if self.usage is not None and not usage.prompt:  # Anthropic tells the prompt first, then the rest
                 usage.prompt, usage.cached = self.usage.prompt, self.usage.cached
             self.usage = usage

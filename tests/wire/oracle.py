@@ -69,11 +69,12 @@ def read_sse(body: bytes) -> Reading:
         for holder in (document, inner if isinstance(inner, dict) else {}):
             if holder.get("usage"):
                 found.take(holder["usage"])
-        if "timings" in document and not document.get("usage"):  # llama.cpp, where usage was not asked for
+        ends = any(choice.get("finish_reason") for choice in document.get("choices") or [])
+        if "timings" in document and ends and not document.get("usage"):  # llama.cpp, where usage was not asked for
             timings = document["timings"]
             prompt = timings["prompt_n"] + timings["cache_n"]
             details = {"cached_tokens": timings["cache_n"]}
-            counts = {"prompt_tokens": prompt, "completion_tokens": timings["predicted_n"]}
+            counts = {"prompt_tokens": prompt, "completion_tokens": timings["predicted_n"] + found.completion}
             found.take({**counts, "prompt_tokens_details": details})
         choices = document.get("choices") or []
         if kind.startswith("response."):

@@ -430,3 +430,32 @@ def test_the_meter_is_chosen_by_content_type() -> None:
     assert isinstance(new_meter("application/json"), JsonMeter)
     assert isinstance(new_meter(""), JsonMeter)
     assert repr(new_meter("text/event-stream")) == "<SseMeter events=0 None open>"
+
+
+def choice_end(index: int, predicted: int, cached: int = 0) -> bytes:
+    """llama.cpp's last chunk of one choice."""
+    timings = {"cache_n": cached, "prompt_n": 37 - cached, "predicted_n": predicted, "predicted_ms": 1.5}
+    return sse({"choices": [{"finish_reason": "stop", "index": index, "delta": {}}], "timings": timings})
+
+
+def test_each_choice_of_llama_cpp_is_billed_and_the_prompt_once() -> None:
+    meter = SseMeter()
+    meter.feed(choice_end(1, 6) + choice_end(0, 5, cached=36) + DONE, 1.0)
+    assert meter.result(0) == Usage(37, 11, 0)
+
+    asked = SseMeter()
+    for completion in (6, 5):
+        usage = {"prompt_tokens": 37, "completion_tokens": completion, "total_tokens": 37 + completion}
+        asked.feed(sse({"choices": [], "usage": usage, "timings": {"prompt_n": 37, "predicted_n": completion}}), 1.0)
+    assert asked.result(0) == Usage(37, 11, 0)
+
+
+def test_timings_on_the_way_are_no_account() -> None:
+    """`timings_per_token` puts running counts on every chunk."""
+    meter = SseMeter()
+    for count in range(1, 4):
+        running = {"prompt_n": 37, "predicted_n": count}
+        choice = {"index": 0, "delta": {"content": " a"}, "finish_reason": None}
+        meter.feed(sse({"choices": [choice], "timings": running}), 1.0)
+    meter.feed(choice_end(0, 3) + DONE, 1.0)
+    assert meter.result(0) == Usage(37, 3)
