@@ -15,6 +15,7 @@ All deadlines of all replies are looked at by one timer every `SWEEP_S`, instead
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -559,8 +560,13 @@ def _why(error: OSError | UnicodeError) -> str:
         return f"the certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return (error.reason or "handshake error").replace("_", " ").lower()
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
+    if isinstance(error, OSError):
+        if error.errno is not None and error.errno > 0:  # the loops put addresses and call names into `strerror`
+            return os.strerror(error.errno).lower()
+        if error.strerror:
+            return error.strerror.lower()
+    if isinstance(error, ConnectionError) and not error.args:
+        return "connection reset"  # in the TLS handshake; the loops raise it without a word
     return str(error).lower() or type(error).__name__
 
 

@@ -19,8 +19,9 @@ from gateway.runtimes import RUNTIMES
 from gateway.upstreams.transport import Reply, Transport
 from gateway.upstreams.upstream import Timeouts, Upstream
 
-#: close: an orderly end; reset: an RST; hang: nothing more until the other side closes
-Step = bytes | float | Literal["close", "reset", "hang"]
+#: close: an orderly end; abort: a FIN, under TLS without the closure alert; reset: an RST; hang: nothing more until the
+#: other side closes
+Step = bytes | float | Literal["close", "abort", "reset", "hang"]
 Script = Sequence[Step]
 
 BODY = b'{"model":"m"}'
@@ -35,7 +36,7 @@ class Scripted:
     """`async with Scripted([OK]) as server:` plays the script to every request; `server.upstream()` is its address.
 
     `script` may also be a function of the connection's number and the request's number on it, both from 0; None from
-    it closes the connection unanswered. `requests` holds every body read; `lost` how each connection ended.
+    it closes the connection unanswered. `requests` holds every body read; `open` counts the connections that live.
     `read=False` leaves requests unread: the script plays as soon as a connection is there.
     """
 
@@ -50,7 +51,6 @@ class Scripted:
         self.requests: list[bytes] = []
         self.connections = 0
         self.open = 0
-        self.closed_at: list[float] = []
         self._tls = tls
         self._read = read
         self._server: asyncio.Server | None = None
@@ -95,7 +95,6 @@ class Scripted:
             pass  # the end of the test; the stream's callback of asyncio 3.11 must not see it
         finally:
             self.open -= 1
-            self.closed_at.append(asyncio.get_running_loop().time())
             writer.transport.abort()
             self._writers.discard(writer)
             self._tasks.discard(task)
@@ -114,6 +113,9 @@ class Scripted:
                 if step == "close":
                     writer.close()
                     await writer.wait_closed()
+                    return
+                if step == "abort":
+                    writer.transport.abort()
                     return
                 if step == "reset":
                     reset(writer)

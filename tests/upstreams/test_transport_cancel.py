@@ -138,7 +138,7 @@ async def test_a_thousand_random_cancels_leave_nothing() -> None:
         await until(lambda: server.open <= idle)
         await until(lambda: transport.counts(one) == (0, 0) and server.open == 0, 2.0)  # the idle ones, in time
         gc.collect()
-        assert sockets() == sockets_before
+        await until(lambda: sockets() <= sockets_before)  # the server's own ends close a turn after it counts them
         assert len(asyncio.all_tasks()) == tasks_before
         assert not [found for found in gc.get_objects() if isinstance(found, Reply) and not found.complete]
     assert seen == []

@@ -133,7 +133,7 @@ async def test_when_the_resend_finds_nobody_it_says_unreachable() -> None:
         async with Scripted([OK]) as server:
             one = server.upstream()
             await exchange(transport, one)
-        with pytest.raises(UpstreamUnreachable, match=r"connect call failed|connection refused"):
+        with pytest.raises(UpstreamUnreachable, match=r": connection refused$"):
             await exchange(transport, one)
         assert transport.counts(one) == (0, 0)
 
@@ -182,7 +182,7 @@ async def test_nobody_listens_and_names_that_do_not_exist() -> None:
         port = unused.getsockname()[1]
         async with client() as transport:
             for host, words in [
-                ("127.0.0.1", "connection refused|connect call failed"),
+                ("127.0.0.1", ": connection refused$"),
                 ("a" * 64 + ".invalid", "label|too long|not known|encod"),
             ]:
                 one = upstream(f"http://{host}:{port}/v1", connect_s=2.0)
