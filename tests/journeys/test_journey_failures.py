@@ -253,7 +253,8 @@ async def test_a_replay_that_is_cut_inside_an_ndjson_line() -> None:
 
 # -- timeouts ---------------------------------------------------------------------------------------------------
 
-LATE_S = 0.35  # the sweep of the deadlines, and a busy machine
+#: far below the defaults, and room for a busy machine; how exact the deadlines are is tested with the transport
+LATE_S = 0.8
 
 SLOW: dict[str, tuple[dict[str, Any], dict[str, float], str]] = {
     "silent": ({"silent": True}, {"first_byte_s": 0.3}, "upstream_first_byte_timeout"),
