@@ -149,7 +149,8 @@ async def gateway(
     ring = KeyRing(config.data_dir, b"p" * 32, kept)
     with tempfile.TemporaryFile() as log:
         app = App(config, ring)
-        app.log = RequestLog(log.fileno())
+        if app.log is not None:
+            app.log = RequestLog(log.fileno())
         listeners = Listeners(app)
         try:
             await listeners.bind()
