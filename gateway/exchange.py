@@ -12,6 +12,7 @@ from gateway.errors import Family, GatewayError
 from gateway.wire.usage import Usage
 
 if TYPE_CHECKING:  # the record names these, and imports none of them
+    from gateway.config import Price
     from gateway.wire.body import Body
     from gateway.wire.usage import Meter
 
@@ -29,6 +30,7 @@ class Exchange:
         "began_unix_s",
         "body",
         "committed",
+        "cost",
         "ended_at",
         "error",
         "family",
@@ -43,6 +45,7 @@ class Exchange:
         "operation",
         "outcome",
         "path",
+        "price",
         "principal",
         "provider",
         "remote",
@@ -81,6 +84,8 @@ class Exchange:
         self.committed = False  # bytes of an answer went to the client: no error can be rendered any more
         self.meter: Meter | None = None
         self.usage: Usage | None = None
+        self.price: Price | None = None  # of the model at the upstream that answers
+        self.cost: float | None = None  # currency units; None while unknown, and where no price is set
         self.status = 0
         self.outcome: Outcome = "ok"
         self.error: GatewayError | None = None

@@ -81,7 +81,7 @@ class Level:
 class ModelSeries:
     """The series of one (operation, provider, model)."""
 
-    __slots__ = ("cached", "completion", "duration", "estimated", "prompt", "reasoning", "tpot", "ttft")
+    __slots__ = ("cached", "completion", "duration", "estimated", "prompt", "reasoning", "tpot", "ttft", "unpriced")
 
     def __init__(self) -> None:
         self.duration = Histogram(DURATION_S)
@@ -92,6 +92,7 @@ class ModelSeries:
         self.cached = 0
         self.reasoning = 0
         self.estimated = 0
+        self.unpriced = 0
 
 
 class Metrics(Collector):
@@ -139,6 +140,7 @@ class Metrics(Collector):
         series.cached += usage.cached
         series.reasoning += usage.reasoning
         series.estimated += usage.estimated
+        series.unpriced += exchange.cost is None
         meter = exchange.meter
         if meter is None or not exchange.stream:
             return
@@ -214,6 +216,7 @@ class Metrics(Collector):
             ("gateway_cached_tokens", "Prompt tokens that the runtime had in its cache.", "cached"),
             ("gateway_reasoning_tokens", "Output tokens spent on reasoning.", "reasoning"),
             ("gateway_estimated_usage", "Requests whose usage was counted here, not reported.", "estimated"),
+            ("gateway_unpriced_requests", "Requests whose cost is unknown: their model has no price.", "unpriced"),
         ):
             counter = CounterMetricFamily(name, text, labels=names)
             for label, one in series:

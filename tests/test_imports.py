@@ -39,13 +39,29 @@ ROOMS: dict[str, frozenset[str]] = {
     "sim": frozenset({"wire", "errors"}),
     "answer": frozenset({"exchange", "errors"}),
     "handlers": frozenset(
-        {"answer", "catalog", "config", "upstreams", "runtimes", "wire", "dialects", "exchange", "metrics", "errors"}
+        {"answer", "catalog", "config", "upstreams", "runtimes", "wire", "dialects", "exchange", "ledger", "metrics"}
+        | {"errors"}
+    ),
+    "admin": frozenset(
+        {
+            "answer",
+            "catalog",
+            "config",
+            "exchange",
+            "identity",
+            "ledger",
+            "limits",
+            "metrics",
+            "store",
+            "upstreams",
+            "errors",
+        }
     ),
     "middleware": frozenset({"answer", "exchange", "errors", "limits", "identity", "metrics", "ledger", "log", "wire"}),
     "app": ANY,
     "welcome": frozenset({"catalog", "config", "detect", "identity", "upstreams", "runtimes", "sim", "errors"}),
     "server": frozenset({"app", "answer", "config", "identity", "log", "errors", "welcome"}),
-    "cli": frozenset({"app", "server", "config", "errors", "identity", "detect", "catalog", "sim", "log"}),
+    "cli": frozenset({"app", "server", "config", "errors", "identity", "detect", "catalog", "ledger", "sim", "log"}),
     "__main__": frozenset({"cli"}),
 }
 

@@ -59,6 +59,7 @@ class Dispatch:
             upstream = offer.upstream
             exchange.attempts += 1
             exchange.model = offer.model.name
+            exchange.price = offer.model.price
             exchange.provider = upstream.provider
             exchange.upstream = upstream.name
             body = patched(self._plan, offer)

@@ -17,6 +17,7 @@ from aiohttp.http import HttpVersion11
 from gateway.answer import SENT_CLOSE, SENT_KEEP, connection_line, status_line
 from gateway.errors import UpstreamBroken, UpstreamError, render_event
 from gateway.exchange import Exchange
+from gateway.ledger import prices
 from gateway.upstreams.transport import Reply
 from gateway.wire.tokens import answer_usage
 from gateway.wire.usage import Meter, new_meter
@@ -40,6 +41,7 @@ def relay_whole(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
     if exchange.usage is None:
         data = _metered(exchange, reply, strip_usage, data)
     keep_alive = _keep_alive(request)
+    _tell_cost(exchange)
     head = _head(exchange, reply.status, fields, keep_alive, request, b"Content-Length: %d\r\n" % len(data))
     transport = request.transport
     if transport is None or transport.is_closing():
@@ -54,10 +56,27 @@ def relay_whole(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
 
 
 def settle_usage(exchange: Exchange) -> None:
-    """Take the meter's final word, or its estimate, if usage is not known yet. Without a model nothing was used."""
+    """Take the meter's final word, or its estimate, if usage is not known yet, and charge for it. Without a model
+    nothing was used.
+    """
     meter = exchange.meter
     if meter is not None and exchange.usage is None and (exchange.status < 400 or exchange.outcome == "client_gone"):
         exchange.usage = meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
+    if exchange.usage is not None and exchange.cost is None:
+        exchange.cost = prices.cost(exchange.usage, exchange.upstream_s, exchange.price)
+
+
+def _tell_cost(exchange: Exchange) -> None:
+    """Charge a whole answer and say so in its head. A stream's head leaves before its cost is known, and a price for
+    time is known when the upstream is left: for both the record has it.
+    """
+    price = exchange.price
+    usage = exchange.usage
+    if price is None or usage is None or price.gpu_second is not None:
+        return
+    exchange.cost = prices.cost(usage, 0.0, price)
+    if exchange.cost is not None:
+        exchange.headers.append(("x-gateway-cost", prices.decimal(exchange.cost)))
 
 
 def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -> bytes:
@@ -70,7 +89,7 @@ def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -
         exchange.error = _unfinished(exchange)
         exchange.outcome = "partial"
         tail = _last_event(exchange, reply, exchange.error)  # instead of the event that has no end, if there is one
-    elif meter.error is not None:
+    elif meter.error is not None and reply.status < 400:  # an error status is an answer, not a failure in one
         _note_error(exchange, meter)
     return data + tail if tail else data
 
@@ -143,7 +162,7 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
     finally:
         client.on_resume = None
         exchange.response_bytes = sent_bytes
-    if meter.error is not None:
+    if meter.error is not None and reply.status < 400:
         _note_error(exchange, meter)
     if tail:
         exchange.response_bytes += len(tail)

@@ -14,7 +14,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
     """One request. Times in seconds; `at` is Unix time when the request began. No prompt, no answer, no secret.
 
     `status` is what the client was told, 499 where it had left. Token counts are what the upstream reported, or
-    counted from the answer's events, then `estimated` is true; null where the request never reached a model.
+    counted from the answer's events, then `estimated` is true; null where the request never reached a model. `cost` is
+    in currency units; null where no model was reached, and where the price of what was used is not known.
     """
 
     at: float
@@ -41,6 +42,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
     request_bytes: int
     response_bytes: int
     error: str | None
+    group: str = ""
+    cost: float | None = None
 
 
 def record(exchange: Exchange) -> Record:
@@ -78,6 +81,8 @@ def record(exchange: Exchange) -> Record:
         exchange.request_bytes,
         exchange.response_bytes,
         exchange.error.code if exchange.error is not None else None,
+        exchange.principal.group if exchange.principal is not None else "",
+        exchange.cost,
     )
 
 
