@@ -1,3 +1,39 @@
-"""Local LLM Gateway."""
+"""Local LLM Gateway: the edge proxy in front of local LLM runtimes. This is the map.
+
+Rooms
+    cli, __main__   the command line; imports what a command needs, when it needs it
+    config          environment, .env, TOML and flags -> a frozen Config, or every problem at once
+    welcome, detect the first run: look for runtimes on this machine, or bring the simulated engine; the greeting
+    server          listeners, one client connection (aiohttp's protocol, adapted), signals, drain
+    app             composition root: makes every room and joins them; the only module that knows them all
+    exchange        Exchange: the one record a request carries from its first byte to its last
+    errors          one error tree, and its bodies in each API family
+    answer          what the gateway says itself: JSON, errors, status lines, as bytes
+    metrics, log    every metric; the one log line per request
+    catalog         providers, models, aliases -> an immutable route Table, swapped whole
+    identity        principals (who may do what), keys (made, hashed, looked up)
+    ledger          the record of each request
+    wire            SANS-IO: request bodies, headers, SSE, NDJSON, the token meter
+    runtimes        what differs between vLLM, llama.cpp, Ollama, LocalAI, LiteLLM, LM Studio: data
+    upstreams       one upstream address (load, health); transport: prompts and answers; control: probes, management
+    handlers        resolve, dispatch, relay, and a file for each API surface
+    sim             the simulated engine: tests, demonstration, benchmarks
+    middleware/     (beside this package) the order is in its `stack`
+
+Imports go downwards; tests/test_imports.py holds the table and fails on a breach. `wire`, `errors`, `exchange`,
+`runtimes` and `upstreams.policies` are pure: no I/O, no clock. Bytes reach runtimes through `upstreams.transport`
+only, aiohttp's ClientSession lives in `upstreams.control` only, prometheus_client in `metrics` and `app`.
+
+The way of a request
+    server -> middleware (metrics, errors, hygiene, auth, rate limit) -> app.Router -> handlers.proxy.Proxy:
+        resolve   understand the body, choose the offers it may go to; decides without awaiting
+        dispatch  pick an upstream, lease it, send; the client has seen nothing, so another upstream may be tried
+        relay     the commit point: bytes to the client as they are read, through the meter; nothing is sent twice
+    then App._settle, synchronous, once, whatever happened: usage, metrics, record, log line.
+
+Where things are added: a runtime is a file in `runtimes` and a line in RUNTIMES; a middleware is a file and a line in
+`stack`; a surface is an entry in a SURFACES table; a setting is a field of Config and a line in `config.settings`;
+a metric is an attribute of Metrics and the call where the fact happens.
+"""
 
 __version__ = "0.1.0"

@@ -72,6 +72,10 @@ def send(
 ) -> Sent:
     """Write a whole answer. `headers` are trusted: ours or from configuration, never a client's."""
     keep_alive = bool(request.keep_alive) and not close
+    exchange = request.get(EXCHANGE)  # none where the bytes never became a request
+    if exchange is not None:
+        headers = (*headers, ("X-Request-Id", exchange.id), *exchange.headers)
+        exchange.response_bytes = len(body)
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
     head = b"%b%bContent-Type: %b\r\n%b%bContent-Length: %d\r\n\r\n" % (
         status_line(status),
@@ -100,10 +104,5 @@ def send_error(
         headers.append(("Retry-After", str(max(1, round(error.retry_after_s)))))
     if error.status == 401:
         headers.append(("WWW-Authenticate", "Bearer"))
-    if exchange is None:
-        return send(request, render(error), error.status, tuple(headers), close=close)
-    headers.append(("X-Request-Id", exchange.id))
-    headers.extend(exchange.headers)
-    body = render(error, exchange.family, exchange.id)
-    exchange.response_bytes = len(body)
+    body = render(error) if exchange is None else render(error, exchange.family, exchange.id)
     return send(request, body, error.status, tuple(headers), close=close)

@@ -55,7 +55,7 @@ def _parser(with_sim: bool) -> argparse.ArgumentParser:
         from gateway.sim import cli as sim_cli
 
         sim_cli.add_arguments(sim)
-        sim.set_defaults(run=sim_cli.run)
+        sim.set_defaults(run=_sim)
     return parser
 
 
@@ -135,6 +135,13 @@ def _serve(args: argparse.Namespace) -> int:
         return _failed(_reason(error))
     except KeyboardInterrupt:
         return 130
+
+
+def _sim(args: argparse.Namespace) -> int:
+    from gateway.server import new_event_loop
+    from gateway.sim import cli as sim_cli
+
+    return sim_cli.run(args, new_event_loop)
 
 
 def _announce(text: str) -> None:

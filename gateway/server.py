@@ -266,7 +266,8 @@ def serve(config: Config, keys: KeyRing, announce: Callable[[str], None]) -> int
     """
     require_aiohttp()
     log.setup(config.log_level)
-    _runner()(_serve(config, keys, announce))
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve(config, keys, announce))
     return 0
 
 
@@ -289,9 +290,10 @@ async def _serve(config: Config, keys: KeyRing, announce: Callable[[str], None])
         await run(app, stop, started)
 
 
-def _runner() -> Callable[[Any], None]:
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's, where there is one: half of asyncio's own cost for each read and write."""
     if sys.platform == "win32":
-        return asyncio.run
+        return asyncio.new_event_loop()
     import uvloop
 
-    return uvloop.run
+    return uvloop.new_event_loop()

@@ -36,8 +36,11 @@ class Metrics:
         try:
             response = await handler(request)
         except asyncio.CancelledError:
-            exchange.status = 499
-            exchange.outcome = "client_gone"
+            meter = exchange.meter
+            # SDKs hang up on reading [DONE], which may be before the last bytes of framing: they have their answer.
+            if meter is None or not meter.finished:
+                exchange.status = 499
+                exchange.outcome = "client_gone"
             raise
         else:
             if not exchange.status:
