@@ -82,17 +82,23 @@ class ClientProtocol(RequestHandler):
                 answer = self._make_error_handler(message)
                 message = ERROR
             request = make_request(message, payload, self, StreamWriter(self, loop), task)
+            self._current_request = request
+            self._request_in_progress = True
             try:
-                response, client_gone = await self._handle_request(request, None, answer)
-            except ConnectionError:
-                break
+                response = await answer(request)
+                if type(response) is not Sent or self._upgraded:
+                    response, client_gone = await self.finish_response(request, response, None)
+                    if client_gone:
+                        break
             except BaseException:
                 self.force_close()
                 raise
             finally:
+                self._current_request = None
+                self._request_in_progress = False
+                if self._handler_waiter is not None:
+                    self._handler_waiter.set_result(None)
                 request._task = None  # type: ignore[assignment]  # breaks the cycle request -> task -> this frame
-            if client_gone:
-                break
             self._keepalive = bool(response.keep_alive)
             if not payload.is_eof():
                 await self._linger(payload)
@@ -107,13 +113,6 @@ class ClientProtocol(RequestHandler):
             if self.transport is not None:
                 self.transport.close()
 
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        if type(resp) is Sent and not self._upgraded:
-            return resp, False
-        return await super().finish_response(request, resp, start_time)
-
     async def _linger(self, payload: StreamReader) -> None:
         """Read and drop what is left of a request's body, for a while: closing at once would reset the connection
         and could take the answer from a client that is still sending.
@@ -124,6 +123,18 @@ class ClientProtocol(RequestHandler):
                     await payload.readany()
         except TimeoutError:
             self._keepalive = False
+
+    def whole_body(self, payload: StreamReader) -> bytes | None:
+        """A request's body if it has come to its end, None while it is still being sent.
+
+        What `payload.read_nowait()` does in six calls, for the body that came in one piece.
+        """
+        if not payload.is_eof():
+            return None
+        if type(payload) is StreamReader and len(payload._buffer) == 1 and not payload._buffer_offset:
+            body: bytes = payload._buffer[0]
+            return body
+        return payload.read_nowait(-1)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Asked by the body's reader whenever it has room, which is always; there is work only after a pause."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11
@@ -19,6 +19,7 @@ from gateway.wire.headers import request_headers
 
 if TYPE_CHECKING:
     from gateway.handlers.proxy import Surface
+    from gateway.server import ClientProtocol
     from gateway.identity.principals import Principal
 
 TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
@@ -58,9 +59,8 @@ def read_now(request: web.BaseRequest, limits: BodyLimits) -> bytes | None:
 
     Raises BodyTooLarge by the declared length, before anything is read.
     """
-    payload = request.content
-    if payload.is_eof():
-        body = payload.read_nowait(-1)
+    body = cast("ClientProtocol", request.protocol).whole_body(request.content)
+    if body is not None:
         if len(body) > limits.max_bytes:
             raise _too_large(limits)
         return body
