@@ -26,7 +26,7 @@ class Auth:
         presented = _presented(request)
         if presented is None:
             raise Unauthorized("no API key was sent: use `Authorization: Bearer <key>` or `x-api-key: <key>`")
-        principal = self._keys.authenticate(presented)
+        principal = self._keys.authenticate(presented, exchange.began_unix_s)
         if principal is None:
             raise Unauthorized("this API key is not known here")
         exchange.principal = principal

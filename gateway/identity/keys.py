@@ -1,55 +1,25 @@
-"""API keys: how they are made, kept and recognised.
+"""The key ring: every key of the installation in memory, asked once per request.
 
-A generated key is `llmgw_<id>_<secret><checksum>`: a public id of 10 base32 characters, 32 random bytes in base62, and
-the CRC-32 of all before it in hexadecimal, so that a mistyped key, or a false find of a secret scanner, is told from a
-real one without any look-up. Keys from `GATEWAY_API_KEYS` may have any form.
-
-Kept is only HMAC-SHA256(pepper, key). The pepper is made once per installation and lies beside the records:
-
-    <data_dir>/pepper      32 bytes, mode 0600
-    <data_dir>/keys.json   {"version": 1, "keys": [{"id", "name", "digest", "created_unix_s", "roles", "models"}]}
-
-Both are written whole (a new file, synced, renamed) under a lock that other processes respect.
+Kept is only HMAC-SHA256(pepper, key), in the records (`records`), whose text is `forms` and whose file is `keyfile`.
+A generated key is found by the id in it, a configured one by its digest; both are compared in constant time.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
-import os
 import secrets
-import stat
-import string
 import time
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Protocol
 
-import msgspec
+from gateway.identity.forms import PRESENTED_MAX_CHARS, generated, id_of, intact, new_id, new_key
+from gateway.identity.keyfile import Kept, KeyFile, KeyFileError, Mark, pepper_id
+from gateway.identity.principals import ADMIN, Principal
+from gateway.identity.records import KeyRecord, Records, merged
 
-from gateway.identity.principals import Principal
-
-PREFIX: Final = "llmgw_"
-#: a longer credential is no key: refused before any work is done for it (the configuration takes none longer)
-PRESENTED_MAX_CHARS: Final = 512
-
-_ID_CHARS: Final = 10
-_SECRET_BYTES: Final = 32
-_SECRET_CHARS: Final = 43  # 62**43 > 256**32
-_CHECKSUM_CHARS: Final = 8
-_KEY_CHARS: Final = len(PREFIX) + _ID_CHARS + 1 + _SECRET_CHARS + _CHECKSUM_CHARS
-_PREFIX_BYTES: Final = PREFIX.encode()
-_BASE32: Final = string.ascii_lowercase + "234567"
-_BASE62: Final = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_PEPPER_BYTES: Final = 32
-
-
-class KeyFileError(Exception):
-    """The key files cannot be trusted or read. The message names the file and what to do; nothing was changed."""
+__all__ = ["KeyFileError", "KeyRecord", "KeyRing", "generated", "intact"]
 
 
 class HasValue(Protocol):
@@ -59,49 +29,54 @@ class HasValue(Protocol):
     def value(self) -> str: ...
 
 
-@dataclass(frozen=True, slots=True)
-class KeyRecord:
-    """What is kept of a key. `digest` is HMAC-SHA256 in hexadecimal; `models` None allows all."""
+class _Entry:
+    """What a presented key is proved against: the keyed hash to use, and (digest, principal) of each text."""
 
-    id: str
-    name: str
-    digest: str
-    created_unix_s: int
-    roles: tuple[str, ...] = ()
-    models: tuple[str, ...] | None = None
+    __slots__ = ("mac", "proofs")
 
-
-class _File(msgspec.Struct, forbid_unknown_fields=True):
-    version: int
-    keys: list[KeyRecord]
-
-
-def generated(key: bytes) -> bool:
-    """Whether `key` has the form of a generated key; its checksum may still be wrong."""
-    return len(key) == _KEY_CHARS and key.startswith(_PREFIX_BYTES)
-
-
-def intact(key: bytes) -> bool:
-    """Whether the checksum at the end of a generated key is right."""
-    return b"%08x" % zlib.crc32(key[:-_CHECKSUM_CHARS]) == key[-_CHECKSUM_CHARS:]
+    def __init__(self, mac: hmac.HMAC, proofs: tuple[tuple[bytes, Principal | None], ...]) -> None:
+        self.mac = mac
+        self.proofs = proofs
 
 
 class KeyRing:
-    """Every key of the installation, in memory; asked once per request."""
+    """Keys by id, and those of the environment. `load` replaces the records; `change` also writes them."""
 
-    __slots__ = ("_by_digest", "_data_dir", "_mac", "_proven", "_records", "_salt")
+    __slots__ = (
+        "_by_digest",
+        "_by_id",
+        "_configured_by_id",
+        "_mac",
+        "_nobody",
+        "_peppers",
+        "_proven",
+        "_salt",
+        "configured",
+        "file",
+        "mark",
+        "own_pepper",
+        "records",
+    )
 
     def __init__(self, data_dir: Path, pepper: bytes, records: Iterable[KeyRecord] = ()) -> None:
-        self._data_dir = data_dir
+        self.file = KeyFile(data_dir)
+        #: the file as it was when it was read or written last
+        self.mark: Mark | None = None
+        self.own_pepper = pepper_id(pepper)
+        self.records: Records = {}
+        self.configured: dict[str, Principal] = {}  # keys of the environment, by their ids
+        self._peppers: dict[str, bytes] = {self.own_pepper: pepper}
         # A keyed hash to copy: half the cost of setting the key up for each request.
         self._mac = hmac.new(pepper, digestmod="sha256")
-        self._records = list(records)
-        self._by_digest: dict[bytes, tuple[bytes, Principal]] = {}
+        #: stands in for an unknown key, so that it costs the same hash and the same comparison
+        self._nobody = _Entry(self._mac, ((bytes(32), None),))
+        self._by_id: dict[bytes, _Entry] = {}
+        self._configured_by_id: dict[bytes, _Entry] = {}
+        self._by_digest: dict[bytes, _Entry] = {}
         # Keys that were proven once are known again by a keyed hash a third as dear, under a key of this process.
         self._salt = hashlib.blake2b(key=secrets.token_bytes(32), digest_size=32)
         self._proven: dict[bytes, Principal] = {}
-        for record in self._records:
-            self._admit(bytes.fromhex(record.digest), _principal(record))
+        self.load(Kept({record.id: record for record in records}))
 
     @classmethod
     def open(cls, data_dir: Path, env_keys: Iterable[tuple[str, HasValue]] = ()) -> KeyRing:
@@ -110,185 +85,177 @@ class KeyRing:
         Raises KeyFileError if a file is damaged or others may read it, OSError if the directory cannot be used.
         """
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _lock(data_dir):
-            records = _read_records(data_dir)
-            pepper = _read_pepper(data_dir, needed=bool(records))
-        ring = cls(data_dir, pepper, records)
+        file = KeyFile(data_dir)
+        with file.lock():
+            kept = file.read()
+            pepper = file.pepper(needed=bool(kept.records))
+            mark = file.mark()
+        ring = cls(data_dir, pepper)
+        ring.load(kept)
+        ring.mark = mark
         for name, secret in env_keys:
-            ring._admit(ring._digest(secret.value.encode()), Principal(name, f"env:{name}"))
+            ring._configure(name, secret.value.encode())
         return ring
 
     def __len__(self) -> int:
-        return len(self._by_digest)
+        return len(self.records) + len(self.configured)
 
     def __repr__(self) -> str:
-        return f"<KeyRing {len(self)} keys, {self._data_dir}>"
+        return f"<KeyRing {len(self)} keys, {self.file.data_dir}>"
 
-    def authenticate(self, presented: str | bytes) -> Principal | None:
+    # -- asked by each request ----------------------------------------------------------------------------------
+
+    def authenticate(self, presented: str | bytes, now_unix_s: float) -> Principal | None:
         """Who presents this key, or None. Takes the same work whether or not the key is known."""
-        if len(presented) > PRESENTED_MAX_CHARS:
+        raw = _bytes(presented)
+        if raw is None:
             return None
-        if isinstance(presented, str):
-            try:
-                presented = presented.encode("utf-8", "surrogateescape")
-            except UnicodeEncodeError:
-                return None
-        quick = self._salt.copy()
-        quick.update(presented)
-        mark = quick.digest()
+        mark = self._mark_of(raw)
         principal = self._proven.get(mark)
         if principal is None:
-            principal = self._prove(presented)
-            if principal is not None:
-                self._proven[mark] = principal  # as many as there are keys, not as are tried
+            principal = self._prove(raw)
+            if principal is None:
+                return None
+            self._proven[mark] = principal  # as many as there are keys, not as are tried
+        if principal.expires_at is not None and principal.expires_at <= now_unix_s:
+            return None
         return principal
 
-    def _prove(self, presented: bytes) -> Principal | None:
-        if generated(presented) and not intact(presented):
+    def proven(self, presented: str | bytes, now_unix_s: float) -> Principal | None:
+        """The same, only if this key was proven before; costs no proof."""
+        raw = _bytes(presented)
+        principal = None if raw is None else self._proven.get(self._mark_of(raw))
+        if principal is None or (principal.expires_at is not None and principal.expires_at <= now_unix_s):
             return None
-        digest = self._digest(presented)
-        kept, principal = self._by_digest.get(digest, _NOBODY)
-        return principal if hmac.compare_digest(kept, digest) else None
+        return principal
 
-    def make_key(self, name: str) -> tuple[str, KeyRecord]:
-        """A new key and the record of it. Neither is stored: `add` does that."""
-        id = "".join(secrets.choice(_BASE32) for _ in range(_ID_CHARS))
-        body = f"{PREFIX}{id}_{_base62(secrets.token_bytes(_SECRET_BYTES))}"
-        key = f"{body}{zlib.crc32(body.encode()):08x}"
-        return key, KeyRecord(id, name, self._digest(key.encode()).hex(), int(time.time()))
+    def _mark_of(self, presented: bytes) -> bytes:
+        quick = self._salt.copy()
+        quick.update(presented)
+        return quick.digest()
+
+    def _prove(self, presented: bytes) -> Principal | None:
+        if not generated(presented):
+            digest = _digest(self._mac, presented)
+            entry = self._by_digest.get(digest, self._nobody)
+        elif intact(presented):
+            entry = self._by_id.get(id_of(presented), self._nobody)
+            digest = _digest(entry.mac, presented)
+        else:
+            return None
+        found = None
+        for kept, principal in entry.proofs:
+            if hmac.compare_digest(kept, digest):
+                found = principal
+        return found
+
+    # -- what it holds ------------------------------------------------------------------------------------------
+
+    @property
+    def kept(self) -> Kept:
+        """All records, and the peppers of other hosts."""
+        return Kept(self.records, {id: one for id, one in self._peppers.items() if id != self.own_pepper})
+
+    @property
+    def pepper(self) -> bytes:
+        return self._peppers[self.own_pepper]
+
+    def load(self, kept: Kept) -> None:
+        """Hold these records instead of those before. Keys of the environment stay."""
+        for id, pepper in kept.peppers.items():
+            self._peppers.setdefault(id, pepper)
+        macs = {id: hmac.new(pepper, digestmod="sha256") for id, pepper in self._peppers.items()}
+        by_id = dict(self._configured_by_id)
+        for record in kept.records.values():
+            mac = macs.get(record.pepper or self.own_pepper)
+            if mac is None or record.revoked_at is not None:
+                continue
+            now = record.principal()
+            before = ((bytes.fromhex(old.digest), record.principal(old.valid_until)) for old in record.previous)
+            by_id[record.id.encode()] = _Entry(mac, ((bytes.fromhex(record.digest), now), *before))
+        self.records = kept.records
+        self._by_id = by_id
+        self._proven.clear()
+
+    def _configure(self, name: str, key: bytes) -> None:
+        principal = Principal(name, f"env:{name}")
+        digest = _digest(self._mac, key)
+        self.configured[principal.key_id] = principal
+        entry = _Entry(self._mac, ((digest, principal),))
+        if generated(key):  # one made elsewhere, and named in the environment here
+            self._configured_by_id[id_of(key)] = self._by_id[id_of(key)] = entry
+        else:
+            self._by_digest[digest] = entry
+        self._proven.clear()
+
+    # -- new and changed keys -----------------------------------------------------------------------------------
+
+    def make_key(self, name: str, **fields: Any) -> tuple[str, KeyRecord]:
+        """A new key and the record of it, with further `fields` of KeyRecord. Neither is stored."""
+        id = new_id()
+        key = new_key(id)
+        digest = _digest(self._mac, key.encode()).hex()
+        return key, KeyRecord(id, name, digest, int(time.time()), pepper=self.own_pepper, **fields)
+
+    def new_text(self, record: KeyRecord) -> tuple[str, str]:
+        """Another text for the key of `record`, and its digest. Raises KeyError if its pepper is not known here."""
+        key = new_key(record.id)
+        mac = hmac.new(self._peppers[record.pepper or self.own_pepper], digestmod="sha256")
+        return key, _digest(mac, key.encode()).hex()
+
+    def change(self, edit: Callable[[Records], Iterable[KeyRecord]]) -> None:
+        """Store the records that `edit` makes of the present ones, and hold them from now on.
+
+        `edit` is called under the lock of the data directory with what all processes stored; records are merged by
+        id. Raises KeyFileError or OSError, or what `edit` raises; then nothing changed. Blocks: reads and writes.
+        """
+        with self.file.lock():
+            found = self.file.read()
+            records = merged(found.records, self.records.values())
+            after = Kept(merged(records, edit(records)), {**self.kept.peppers, **found.peppers})
+            if after != found:
+                self.file.write(after)
+            mark = self.file.mark()
+        self.load(after)
+        self.mark = mark
 
     def add(self, record: KeyRecord) -> None:
         """Store the record and accept its key from now on. Raises KeyFileError or OSError; then nothing changed."""
-        with _lock(self._data_dir):
-            self._store(_read_records(self._data_dir), record)
+        self.change(lambda _: [record])
 
     def ensure_first_key(self) -> str | None:
-        """Make and store a key if there is none at all, and return its text, which exists nowhere else.
+        """Make and store a key with the role "admin" if there is no key at all, and return its text, which exists
+        nowhere else.
 
         None if any key exists, configured ones included. Of several processes that start at once, one makes it.
         """
-        if self._by_digest:
+        if self:
             return None
-        with _lock(self._data_dir):
-            records = _read_records(self._data_dir)
-            if not records:
-                key, record = self.make_key("first")
-                self._store(records, record)
-                return key
-            for found in records:  # another process was faster
-                self._remember(found)
+        made: list[str] = []
+
+        def first(records: Records) -> list[KeyRecord]:
+            if records:  # another process was faster
+                return []
+            key, record = self.make_key("first", roles=(ADMIN,))
+            made.append(key)
+            return [record]
+
+        self.change(first)
+        return made[0] if made else None
+
+
+def _bytes(presented: str | bytes) -> bytes | None:
+    if len(presented) > PRESENTED_MAX_CHARS:
+        return None
+    if isinstance(presented, bytes):
+        return presented
+    try:
+        return presented.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
         return None
 
-    def _digest(self, key: bytes) -> bytes:
-        mac = self._mac.copy()
-        mac.update(key)
-        return mac.digest()
 
-    def _store(self, stored: list[KeyRecord], record: KeyRecord) -> None:
-        _write(self._data_dir / "keys.json", _encode([*stored, record]))
-        self._remember(record)
-
-    def _remember(self, record: KeyRecord) -> None:
-        self._records.append(record)
-        self._admit(bytes.fromhex(record.digest), _principal(record))
-
-    def _admit(self, digest: bytes, principal: Principal) -> None:
-        self._by_digest[digest] = (digest, principal)
-        self._proven.clear()
-
-
-#: stands in for an unknown key, so that it costs the same comparison
-_NOBODY: Final[tuple[bytes, Principal | None]] = (bytes(32), None)
-
-
-def _principal(record: KeyRecord) -> Principal:
-    models = None if record.models is None else frozenset(record.models)
-    return Principal(record.name, record.id, frozenset(record.roles), models)
-
-
-def _base62(raw: bytes) -> str:
-    number = int.from_bytes(raw, "big")
-    digits = []
-    for _ in range(_SECRET_CHARS):
-        number, digit = divmod(number, 62)
-        digits.append(_BASE62[digit])
-    return "".join(digits)
-
-
-def _encode(records: list[KeyRecord]) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(_File(1, records)), indent=1) + b"\n"
-
-
-def _read_records(data_dir: Path) -> list[KeyRecord]:
-    path = data_dir / "keys.json"
-    raw = _read_private(path)
-    if raw is None:
-        return []
-    remedy = "restore it from a backup, or move it away to start with no keys"
-    try:
-        file = msgspec.json.decode(raw, type=_File)
-        if any(len(bytes.fromhex(record.digest)) != 32 for record in file.keys):
-            raise ValueError("a digest has not 32 bytes")
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        raise KeyFileError(f"{path} is damaged ({error}): {remedy}") from None
-    if file.version != 1:
-        raise KeyFileError(f"{path} has version {file.version}, this program reads version 1")
-    return file.keys
-
-
-def _read_pepper(data_dir: Path, *, needed: bool) -> bytes:
-    """The installation's pepper, made if there are no records that would be lost without the old one."""
-    path = data_dir / "pepper"
-    pepper = _read_private(path)
-    if pepper is None:
-        if needed:
-            raise KeyFileError(f"{path} is missing, and no key in keys.json works without it: restore it from a backup")
-        pepper = secrets.token_bytes(_PEPPER_BYTES)
-        _write(path, pepper)
-    if len(pepper) != _PEPPER_BYTES:
-        raise KeyFileError(f"{path} is damaged: {len(pepper)} bytes, not {_PEPPER_BYTES}; restore it from a backup")
-    return pepper
-
-
-def _read_private(path: Path) -> bytes | None:
-    """The file's bytes, None if there is none; KeyFileError if group or others may touch it."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    with open(file, "rb") as stream:
-        mode = stat.S_IMODE(os.fstat(file).st_mode)
-        if mode & 0o077:
-            raise KeyFileError(f"{path} has mode {mode:04o}, so others may read it: chmod 600 {path}")
-        return stream.read()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Replace the file whole, readable by its owner only. A crash leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(file, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(file)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)  # or the rename may not outlive a power cut
-    finally:
-        os.close(directory)
-
-
-@contextmanager
-def _lock(data_dir: Path) -> Iterator[None]:
-    """Hold the directory's lock against other processes (released by the system if this one dies)."""
-    file = os.open(data_dir / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(file)
+def _digest(mac: hmac.HMAC, key: bytes) -> bytes:
+    mac = mac.copy()
+    mac.update(key)
+    return mac.digest()

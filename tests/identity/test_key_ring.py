@@ -1,5 +1,6 @@
 """The key ring: keys are recognised, kept safely on disk, and made once."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,13 +8,15 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.config import Secret
-from gateway.identity.keys import KeyFileError, KeyRecord, KeyRing, generated, intact
+from gateway.identity.keys import KeyFileError, KeyRing, generated, intact
 from gateway.identity.principals import Principal
 
+NOW = 2_000_000_000.0
 ENV_KEYS = (("alice", Secret("alice-key-0123456789")), ("bob", Secret("bob-key-0123456789")))
 
 
@@ -35,18 +38,18 @@ def test_form_of_a_key(tmp_path: Path) -> None:
 def test_a_stored_key_works_now_and_after_a_restart(tmp_path: Path) -> None:
     ring = KeyRing.open(tmp_path)
     key, record = ring.make_key("alice")
-    assert ring.authenticate(key) is None  # made, not yet added
+    assert ring.authenticate(key, NOW) is None  # made, not yet added
     ring.add(record)
     expected = Principal("alice", record.id)
-    assert ring.authenticate(key) == expected
-    assert KeyRing.open(tmp_path).authenticate(key.encode()) == expected
+    assert ring.authenticate(key, NOW) == expected
+    assert KeyRing.open(tmp_path).authenticate(key.encode(), NOW) == expected
 
 
 def test_roles_and_models_survive(tmp_path: Path) -> None:
     ring = KeyRing.open(tmp_path)
     key, record = ring.make_key("ci")
-    ring.add(KeyRecord(record.id, "ci", record.digest, record.created_unix_s, ("admin",), ("small",)))
-    principal = KeyRing.open(tmp_path).authenticate(key)
+    ring.add(dataclasses.replace(record, roles=("admin",), models=("small",)))
+    principal = KeyRing.open(tmp_path).authenticate(key, NOW)
     assert principal == Principal("ci", record.id, frozenset({"admin"}), frozenset({"small"}))
     assert principal.may_use("small")
     assert not principal.may_use("large")
@@ -55,10 +58,10 @@ def test_roles_and_models_survive(tmp_path: Path) -> None:
 
 def test_keys_of_the_environment_work_and_never_reach_the_disk(tmp_path: Path) -> None:
     ring = KeyRing.open(tmp_path, ENV_KEYS)
-    assert ring.authenticate("alice-key-0123456789") == Principal("alice", "env:alice")
+    assert ring.authenticate("alice-key-0123456789", NOW) == Principal("alice", "env:alice")
     assert ring.ensure_first_key() is None
     assert not (tmp_path / "keys.json").exists()
-    assert KeyRing.open(tmp_path).authenticate("alice-key-0123456789") is None
+    assert KeyRing.open(tmp_path).authenticate("alice-key-0123456789", NOW) is None
     assert all(b"alice" not in path.read_bytes() for path in tmp_path.iterdir())
 
 
@@ -77,7 +80,7 @@ WRONG = [
 
 @pytest.mark.parametrize("presented", WRONG)
 def test_unknown_credentials(tmp_path: Path, presented: str) -> None:
-    assert KeyRing.open(tmp_path, ENV_KEYS).authenticate(presented) is None
+    assert KeyRing.open(tmp_path, ENV_KEYS).authenticate(presented, NOW) is None
 
 
 def test_a_bad_checksum_is_refused_with_no_look_up(tmp_path: Path) -> None:
@@ -86,17 +89,17 @@ def test_a_bad_checksum_is_refused_with_no_look_up(tmp_path: Path) -> None:
     assert key is not None
     looked_up: list[bytes] = []
 
-    class Watched(dict[bytes, tuple[bytes, Principal]]):
-        def get(self, digest: bytes, default: object = None) -> object:  # type: ignore[override]
-            looked_up.append(digest)
-            return super().get(digest, default)  # type: ignore[arg-type]
+    class Watched(dict[bytes, Any]):
+        def get(self, id: bytes, default: object = None) -> object:  # type: ignore[override]
+            looked_up.append(id)
+            return super().get(id, default)
 
-    ring._by_digest = Watched(ring._by_digest)
+    ring._by_id, ring._by_digest = Watched(ring._by_id), Watched(ring._by_digest)
     for index in range(6, len(key)):
         other = "b" if key[index] != "b" else "c"
-        assert ring.authenticate(key[:index] + other + key[index + 1 :]) is None
+        assert ring.authenticate(key[:index] + other + key[index + 1 :], NOW) is None
     assert looked_up == []
-    assert ring.authenticate(key) is not None
+    assert ring.authenticate(key, NOW) is not None
     assert len(looked_up) == 1
 
 
@@ -104,13 +107,14 @@ def test_the_first_key_is_made_once_and_its_text_is_not_kept(tmp_path: Path) -> 
     ring = KeyRing.open(tmp_path)
     key = ring.ensure_first_key()
     assert key is not None
-    principal = ring.authenticate(key)
+    principal = ring.authenticate(key, NOW)
     assert principal is not None
     assert principal.name == "first"
+    assert principal.roles == {"admin"}
     assert ring.ensure_first_key() is None
     again = KeyRing.open(tmp_path)
     assert again.ensure_first_key() is None
-    assert again.authenticate(key) == principal
+    assert again.authenticate(key, NOW) == principal
     secret = key.split("_")[2].encode()
     assert all(secret not in path.read_bytes() for path in tmp_path.iterdir())
     assert key not in repr(ring)
@@ -149,7 +153,9 @@ DAMAGED = [
     b'{"version": 1, "keys": [{"id": "a", "name": "b", "digest": "zz", "created_unix_s": 1}]}',
     b'{"version": 1, "keys": [{"id": "a", "name": "b", "digest": "00", "created_unix_s": 1}]}',
     b'{"version": 1, "keys": [], "more": 1}',
-    b'{"version": 2, "keys": []}',
+    b'{"version": 3, "keys": []}',
+    b'{"version": 2, "keys": [{"id": "a", "name": "b", "digest": "00", "created_at": 1}]}',
+    b'{"version": 2, "keys": [], "peppers": {"a": "zz"}}',
     b"[" * 100_000,
 ]
 
@@ -196,7 +202,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         ring.add(record)
     assert (tmp_path / "keys.json").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "keys.json", "pepper"]
-    assert ring.authenticate(key) is None
+    assert ring.authenticate(key, NOW) is None
 
 
 def test_a_link_in_place_of_a_key_file_is_not_followed(tmp_path: Path) -> None:
@@ -239,4 +245,4 @@ def test_of_processes_that_start_together_one_makes_the_first_key(tmp_path: Path
     assert len(keys) == 1
     assert [words[-1] for words in said] == ["1"] * 4
     assert len(json.loads((tmp_path / "keys.json").read_text())["keys"]) == 1
-    assert KeyRing.open(tmp_path).authenticate(keys[0]) is not None
+    assert KeyRing.open(tmp_path).authenticate(keys[0], NOW) is not None

@@ -1,0 +1,137 @@
+"""What is kept of a key, and which of two versions of a record holds.
+
+A record is never deleted: a revoked key stays, so that no copy of the records that is older can bring it back. Each
+edit raises `revision`; of two records with one id the later revision holds, and on a tie an order that every process
+agrees on. So records from any number of places can be put together in any order.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from gateway.identity.forms import masked
+from gateway.identity.principals import Principal
+from gateway.limits.spec import Budget, Limit, budget_document, limit_document
+
+_ENCODER: Final = msgspec.json.Encoder(order="deterministic")
+
+
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """A key's text before it was rotated, still accepted until `valid_until` (wall time)."""
+
+    digest: str
+    valid_until: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """What is kept of a key: never its text. Times are wall time in seconds.
+
+    `digest` is HMAC-SHA256 in hexadecimal under the pepper that `pepper` names; `models` None allows all.
+    """
+
+    id: str
+    name: str
+    digest: str
+    created_at: float
+    roles: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
+    pepper: str = ""
+    group: str = ""
+    limits: tuple[Limit, ...] = ()
+    budget: Budget | None = None
+    expires_at: float | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    revoked_at: float | None = None
+    previous: tuple[Previous, ...] = ()
+    revision: int = 1
+
+    def status(self, now_unix_s: float) -> str:
+        """ "active", "expired" or "revoked"."""
+        if self.revoked_at is not None:
+            return "revoked"
+        return "expired" if self.expires_at is not None and self.expires_at <= now_unix_s else "active"
+
+    def principal(self, valid_until: float | None = None) -> Principal:
+        """Who presents the key; `valid_until` ends it earlier (the text before a rotation)."""
+        ends = [end for end in (self.expires_at, valid_until) if end is not None]
+        return Principal(
+            self.name,
+            self.id,
+            frozenset(self.roles),
+            None if self.models is None else frozenset(self.models),
+            self.group,
+            self.limits,
+            self.budget,
+            min(ends, default=None),
+        )
+
+
+Records = Mapping[str, KeyRecord]
+
+
+def later(one: KeyRecord, other: KeyRecord) -> KeyRecord:
+    """Which of two records of one key holds. A revocation wins a tie."""
+    return max(one, other, key=lambda record: (record.revision, record.revoked_at is not None, encode(record)))
+
+
+def merged(records: Records, more: Iterable[KeyRecord]) -> dict[str, KeyRecord]:
+    """Both together, each key by its later record."""
+    found = dict(records)
+    for record in more:
+        known = found.get(record.id)
+        found[record.id] = record if known is None or known == record else later(known, record)
+    return found
+
+
+def encode(record: KeyRecord) -> bytes:
+    """JSON; equal records give equal bytes."""
+    return _ENCODER.encode(record)
+
+
+def decode(raw: bytes) -> KeyRecord:
+    """Raises ValueError if this is no record."""
+    record = msgspec.json.decode(raw, type=KeyRecord)
+    check(record)
+    return record
+
+
+def check(record: KeyRecord) -> None:
+    """Raises ValueError if a digest is none."""
+    if any(len(bytes.fromhex(one)) != 32 for one in (record.digest, *(old.digest for old in record.previous))):
+        raise ValueError("a digest has not 32 bytes")
+
+
+def document(record: KeyRecord, now_unix_s: float) -> dict[str, Any]:
+    """What an operator is shown: JSON with plain field names, times as RFC 3339 in UTC, no digest and no text."""
+    overlap = max((old.valid_until for old in record.previous if old.valid_until > now_unix_s), default=None)
+    return {
+        "id": record.id,
+        "name": record.name,
+        "masked": masked(record.id),
+        "status": record.status(now_unix_s),
+        "group": record.group,
+        "roles": list(record.roles),
+        "models": None if record.models is None else list(record.models),
+        "limits": [limit_document(limit) for limit in record.limits],
+        "budget": None if record.budget is None else budget_document(record.budget),
+        "expires_at": rfc3339(record.expires_at),
+        "metadata": dict(record.metadata),
+        "created_at": rfc3339(record.created_at),
+        "revoked_at": rfc3339(record.revoked_at),
+        "previous_valid_until": rfc3339(overlap),
+        "revision": record.revision,
+        "origin": "created",
+    }
+
+
+def rfc3339(unix_s: float | None) -> str | None:
+    if unix_s is None:
+        return None
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
