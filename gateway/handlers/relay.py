@@ -137,12 +137,13 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
             write(b"%x\r\n%b\r\n" % (len(data), data))
         else:
             write(data)
-        if client.writing_paused:
-            reply.pause()
 
+    client.on_pause = reply.pause
     client.on_resume = reply.resume
     try:
         reply.attach(sink)
+        if client.writing_paused:  # already full, by the answer before on this connection
+            reply.pause()
         await reply.ended()
         tail = meter.finish()
         if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
@@ -160,7 +161,7 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
             transport.write(event)
         return SENT_CLOSE
     finally:
-        client.on_resume = None
+        client.on_pause = client.on_resume = None
         exchange.response_bytes = sent_bytes
     if meter.error is not None and reply.status < 400:
         _note_error(exchange, meter)

@@ -142,7 +142,7 @@ def resolve(
             raise Forbidden(f"this key may not use {name!r}", param="model", code="model_not_allowed")
     plan = Plan(body, offers, surface.operation, surface.native)
     plan.headers = request_headers(request.raw_headers)
-    if surface.local and provider is not None:
+    if surface.local and body.has("provider"):
         plan.remove = ("provider",)
     if not TOOL_FIELDS.isdisjoint(body.keys()):
         plan.tools = True
