@@ -1,6 +1,10 @@
 """What was used, by whom: one record for each finished request.
 
-- `record`  the record itself, made once from the Exchange (the log line is its JSON), and the newest ones
+- `record`    the record itself, made once from the Exchange (the log line is its JSON), and the newest ones
+- `prices`    what an answer costs; pure
+- `frames`    how a journal looks on disk
+- `journal`   the local account of this process's requests, which survives its end
+- `recovery`  reading journals, and ending those whose process is gone
 
-May import exchange and errors. Records are kept in memory only: a restart forgets them.
+May import store, wire, exchange and errors.
 """

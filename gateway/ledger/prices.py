@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
-if TYPE_CHECKING:  # named, not needed: any object with these four numbers is a price
-    from gateway.config import Price
+if TYPE_CHECKING:
     from gateway.wire.usage import Usage
 
 _PER: Final = 1_000_000  # prices are per million tokens
 #: sums are kept in whole billionths, which add up exactly: one token at 0.05 per million is 50 of them
 NANO: Final = 1_000_000_000
+
+
+class Price(Protocol):
+    """What `gateway.config.Price` has: currency units per million tokens, and per second; None is not known."""
+
+    @property
+    def input(self) -> float | None: ...
+    @property
+    def cached_input(self) -> float | None: ...
+    @property
+    def output(self) -> float | None: ...
+    @property
+    def gpu_second(self) -> float | None: ...
 
 
 def cost(usage: Usage, upstream_s: float, price: Price | None) -> float | None:
