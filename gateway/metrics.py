@@ -43,6 +43,7 @@ TPOT_S: Final = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 
 TOKENS: Final = tuple(float(4**power) for power in range(14))
 OVERHEAD_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 LAG_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+STORE_S: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.1, 0.25, 1.0)
 
 
 class Histogram:
@@ -95,6 +96,18 @@ class ModelSeries:
         self.unpriced = 0
 
 
+class StoreSeries:
+    """The series of the store. `errors` by kind: open (not asked), timeout, connection, unusable, reply."""
+
+    __slots__ = ("errors", "latency", "round_trips", "up")
+
+    def __init__(self) -> None:
+        self.up = Level()
+        self.errors: dict[str, int] = {}
+        self.round_trips = 0
+        self.latency = Histogram(STORE_S)
+
+
 class Metrics(Collector):
     """The gateway's collectors. `upstreams` is asked at scrape time for those that exist then."""
 
@@ -106,6 +119,7 @@ class Metrics(Collector):
         self.overhead = Histogram(OVERHEAD_S)
         self.loop_lag = Histogram(LAG_S)
         self.in_flight = Level()
+        self.store: StoreSeries | None = None  # none without a store
         # asked at scrape time: whoever counts these sets them
         self.retries: Callable[[], int] = int
         self.log_dropped: Callable[[], int] = int
@@ -187,6 +201,8 @@ class Metrics(Collector):
         yield _histogram("gateway_event_loop_lag_seconds", "How late the event loop runs what is due.", self.loop_lag)
         yield from self._model_families()
         yield from self._upstream_families()
+        if self.store is not None:
+            yield from self._store_families(self.store)
 
     def _model_families(self) -> Iterator[Metric]:
         names = ["gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model"]
@@ -243,6 +259,15 @@ class Metrics(Collector):
             if upstream.health.latency_s is not None:
                 probe_s.add_metric(label, upstream.health.latency_s)
         yield from (in_flight, served, failed, up, probe_s)
+
+    def _store_families(self, store: StoreSeries) -> Iterator[Metric]:
+        yield GaugeMetricFamily("gateway_store_up", "1 if the store can be used.", value=store.up.value)
+        errors = CounterMetricFamily("gateway_store_errors", "Calls that the store did not answer.", labels=["kind"])
+        for kind, count in list(store.errors.items()):
+            errors.add_metric([kind], count)
+        yield errors
+        yield CounterMetricFamily("gateway_store_round_trips", "Commands sent to the store.", value=store.round_trips)
+        yield _histogram("gateway_store_latency_seconds", "Time of a call that was answered.", store.latency)
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:

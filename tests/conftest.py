@@ -8,3 +8,5 @@ from pathlib import Path
 ROOT = str(Path(__file__).parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
+
+pytest_plugins = ("tests.store_fixtures",)

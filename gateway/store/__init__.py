@@ -1,0 +1,12 @@
+"""What all gateways of a fleet share, behind the Redis protocol: the only room that speaks it.
+
+- `address`   REDIS_URL understood: one server, Sentinel or Cluster
+- `scripts`   a Lua script and its digest
+- `breaker`   closed or open, decided from results and a clock; pure
+- `client`    Store: one call in, one answer or StoreAway out; short timeouts, no retry, nothing cancelled in flight
+- `embedded`  the Valkey that the gateway starts itself where no REDIS_URL is set
+- `doctor`    what is wrong with a store or a machine, for `llm-gateway doctor`
+
+May import errors and metrics. Nothing here knows what is stored: limits, keys and the ledger bring their own scripts.
+This file imports nothing, so that the configuration can be checked without loading redis.
+"""
