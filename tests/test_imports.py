@@ -33,7 +33,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "identity": frozenset({"store", "limits", "errors"}),
     "ledger": frozenset({"store", "wire", "errors", "exchange"}),
     "upstreams": frozenset({"runtimes", "wire", "errors", "metrics"}),
-    "config": frozenset({"runtimes", "upstreams", "identity", "limits", "errors"}),
+    "config": frozenset({"runtimes", "upstreams", "identity", "limits", "store", "errors"}),
     "catalog": frozenset({"config", "upstreams", "runtimes", "errors"}),
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
     "sim": frozenset({"wire", "errors"}),
@@ -93,7 +93,7 @@ DOORS = {
     "redis": ("store", "limits.redis"),
     "prometheus_client": ("metrics", "app"),
     "aiohttp_session": ("admin",),
-    "httptools": ("upstreams.transport", "sim"),
+    "httptools": ("upstreams.connection", "sim"),
     "uvloop": ("server", "cli"),
     "dotenv": ("config",),
 }

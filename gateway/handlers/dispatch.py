@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 from types import TracebackType
 from typing import Final
@@ -18,7 +19,8 @@ from gateway.errors import BadRequest, UpstreamError, UpstreamUnreachable
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import TOOL_FIELDS, Plan
 from gateway.upstreams.policies import least_in_flight
-from gateway.upstreams.transport import Reply, Transport
+from gateway.upstreams.reply import Reply
+from gateway.upstreams.transport import Transport
 from gateway.upstreams.upstream import Lease
 from gateway.wire.body import usage_options
 
@@ -26,10 +28,13 @@ _USER_AGENT: Final = b"local-llm-gateway/" + __version__.encode()
 
 
 class Dispatcher:
-    """Sends plans to upstreams. `retries` counts the attempts after the first."""
+    """Sends plans to upstreams. `retries` counts the attempts after the first. `admitted` is told of each attempt
+    before the upstream is asked.
+    """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, admitted: Callable[[Exchange], None] | None = None) -> None:
         self._transport = transport
+        self.admitted = admitted
         self.retries = 0
 
     def dispatch(self, exchange: Exchange, plan: Plan) -> Dispatch:
@@ -65,6 +70,8 @@ class Dispatch:
             body = patched(self._plan, offer)
             head = request_head(self._plan, offer, exchange.id, len(body))
             self._lease = upstream.lease()
+            if self._dispatcher.admitted is not None:
+                self._dispatcher.admitted(exchange)
             try:
                 reply = self._reply = await self._transport.send(upstream, head, body)
                 if reply.status in (401, 403):

@@ -18,7 +18,7 @@ from gateway.answer import SENT_CLOSE, SENT_KEEP, connection_line, status_line
 from gateway.errors import UpstreamBroken, UpstreamError, render_event
 from gateway.exchange import Exchange
 from gateway.ledger import prices
-from gateway.upstreams.transport import Reply
+from gateway.upstreams.reply import Reply
 from gateway.wire.tokens import answer_usage
 from gateway.wire.usage import Meter, new_meter
 
@@ -151,6 +151,8 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
     except UpstreamError as error:
         exchange.error = error
         exchange.outcome = "partial"
+        if closing():
+            raise asyncio.CancelledError from None  # nobody is there to be told
         if not reply.streaming or meter.torn:
             transport.abort()  # half a JSON document has no place for an error: nobody may take it for whole
             return SENT_CLOSE
@@ -165,6 +167,8 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
         exchange.response_bytes = sent_bytes
     if meter.error is not None and reply.status < 400:
         _note_error(exchange, meter)
+    if closing():
+        raise asyncio.CancelledError
     if tail:
         exchange.response_bytes += len(tail)
         if chunked:

@@ -1,7 +1,7 @@
 """Where answers come from: upstream addresses, pools of them, and the two ways of talking to them.
 
 - `upstream`   one address: place, runtime, health, load; the lease that counts a request on it
-- `transport`  the data plane: our pooled HTTP/1.1 client; prompts and answers move only here
+- `reply`, `connection`, `transport`   the data plane: our pooled HTTP/1.1 client; prompts and answers move only here
 - `policies`   which upstream takes the next request
 - `health`     the prober: asks every upstream again and again whether it is well
 - `reasons`    why a probe failed, in words

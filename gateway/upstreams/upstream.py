@@ -114,7 +114,7 @@ class Upstream:
 
 
 class Lease:
-    """Load counted at selection, before the next choice (CRITERIA R1), and dropped exactly once."""
+    """Load counted at selection, so that the next choice sees it already, and dropped exactly once."""
 
     __slots__ = ("upstream",)
 

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import UpstreamBroken
-from gateway.upstreams.transport import Connection, Pool
+from gateway.upstreams.connection import Connection
+from gateway.upstreams.transport import Pool
 from tests.replay import load
 from tests.upstreams.scripted import BODY, OK, Scripted, client, head, read, upstream
 

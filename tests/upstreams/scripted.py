@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Literal
 
 from gateway.runtimes import RUNTIMES
-from gateway.upstreams.transport import Reply, Transport
+from gateway.upstreams.reply import Reply
+from gateway.upstreams.transport import Transport
 from gateway.upstreams.upstream import Timeouts, Upstream
 
 #: close: an orderly end; abort: a FIN, under TLS without the closure alert; reset: an RST; hang: nothing more until the

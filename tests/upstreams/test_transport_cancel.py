@@ -12,7 +12,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from gateway.upstreams.transport import Reply, Transport
+from gateway.upstreams.reply import Reply
+from gateway.upstreams.transport import Transport
 from gateway.upstreams.upstream import Upstream
 from tests.upstreams.scripted import BODY, OK, Script, Scripted, client, exchange, head, until
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from gateway.upstreams.transport import GATHER_BYTES, READ_AHEAD_BYTES
+from gateway.upstreams.reply import GATHER_BYTES, READ_AHEAD_BYTES
 from gateway.upstreams.upstream import Upstream
 from tests.upstreams.scripted import BODY, Scripted, client, exchange, head, read, until, upstream
 

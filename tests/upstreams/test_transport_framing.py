@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from gateway.errors import UpstreamBroken
-from gateway.upstreams.transport import MAX_HEAD_BYTES
+from gateway.upstreams.connection import MAX_HEAD_BYTES
 from tests.upstreams.scripted import BODY, OK, Script, Scripted, client, exchange, head, read
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.errors import UpstreamBroken, UpstreamUnreachable
 from gateway.sim import SimServer
-from gateway.upstreams.transport import Connection
+from gateway.upstreams.connection import Connection
 from tests.upstreams.scripted import BODY, OK, Script, Scripted, client, exchange, head, until, upstream
 
 SEED = 20
