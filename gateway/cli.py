@@ -1,4 +1,4 @@
-"""The command line: `llm-gateway serve | check | sim`.
+"""The command line: `llm-gateway serve | check | keys | sim`.
 
 Exit codes: 0 done, 1 could not run (port in use, data directory not writable), 2 wrong usage or configuration.
 Rooms are imported by the command that needs them, so that `check` and `--help` start at once.
@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show "…" must not end the program
             stream.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(with_sim=bool(arguments) and arguments[0] == "sim")
+    parser = _parser(arguments[0] if arguments else "")
     args = parser.parse_args(arguments)
     code: int = args.run(args)
     return code
 
 
-def _parser(with_sim: bool) -> argparse.ArgumentParser:
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser; of commands with a room of their own only `command` has its arguments."""
     parser = argparse.ArgumentParser(
         prog="llm-gateway", description="The edge proxy for local LLM runtimes.", allow_abbrev=False
     )
@@ -50,8 +52,15 @@ def _parser(with_sim: bool) -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
 
+    keys = commands.add_parser("keys", help="make, show, rotate and revoke API keys", allow_abbrev=False)
+    if command == "keys":
+        from gateway.identity import cli as keys_cli
+
+        keys_cli.add_commands(keys, _configuration_flags)
+        keys.set_defaults(run=_keys)
+
     sim = commands.add_parser("sim", help="the engine simulator")
-    if with_sim:
+    if command == "sim":
         from gateway.sim import cli as sim_cli
 
         sim_cli.add_arguments(sim)
@@ -142,6 +151,26 @@ def _sim(args: argparse.Namespace) -> int:
     from gateway.sim import cli as sim_cli
 
     return sim_cli.run(args, new_event_loop)
+
+
+def _keys(args: argparse.Namespace) -> int:
+    from gateway.config import ConfigError
+    from gateway.config.check import problems_text
+    from gateway.identity import cli as keys_cli
+    from gateway.identity.keys import KeyFileError, KeyRing
+
+    try:
+        config = _load(args)
+    except ConfigError as error:
+        print(problems_text(error.problems), file=sys.stderr)
+        return WRONG
+    try:
+        keyring = KeyRing.open(config.data_dir, config.api_keys)
+    except KeyFileError as error:
+        return _failed(str(error))
+    except OSError as error:
+        return _failed(f"the data directory {config.data_dir} cannot be used: {_reason(error)}")
+    return keys_cli.run(args, keyring, lambda: nullcontext(None))
 
 
 def _announce(text: str) -> None:

@@ -71,7 +71,10 @@ def greeting(furnished: Furnished, catalog: Catalog, listen: Listen, metrics: Li
         parts.append(DEMO_NOTE)
     parts.append(f"Listening on {base}" + (f"   (metrics: http://{metrics}/metrics)" if metrics is not None else ""))
     if key is not None:
-        parts.append(f"Your API key, shown only now (its hash is kept):\n\n    {key}")
+        parts.append(
+            "Your API key, shown only now (its hash is kept). It has the role `admin`, which makes and revokes keys:\n"
+            f"keep it to yourself, and give others one of `llm-gateway keys create NAME`.\n\n    {key}"
+        )
     model = next(iter(catalog.table.pools), None)
     if model is None:
         parts.append("No model can be asked yet: `llm-gateway check` shows the configuration.")

@@ -156,10 +156,6 @@ class KeyRing:
         """All records, and the peppers of other hosts."""
         return Kept(self.records, {id: one for id, one in self._peppers.items() if id != self.own_pepper})
 
-    @property
-    def pepper(self) -> bytes:
-        return self._peppers[self.own_pepper]
-
     def load(self, kept: Kept) -> None:
         """Hold these records instead of those before. Keys of the environment stay."""
         for id, pepper in kept.peppers.items():
@@ -197,8 +193,12 @@ class KeyRing:
         digest = _digest(self._mac, key.encode()).hex()
         return key, KeyRecord(id, name, digest, int(time.time()), pepper=self.own_pepper, **fields)
 
+    def pepper_of(self, record: KeyRecord) -> bytes | None:
+        """The pepper of `record`, None if it is not known here."""
+        return self._peppers.get(record.pepper or self.own_pepper)
+
     def new_text(self, record: KeyRecord) -> tuple[str, str]:
-        """Another text for the key of `record`, and its digest. Raises KeyError if its pepper is not known here."""
+        """Another text for the key of `record`, whose pepper is known here, and its digest."""
         key = new_key(record.id)
         mac = hmac.new(self._peppers[record.pepper or self.own_pepper], digestmod="sha256")
         return key, _digest(mac, key.encode()).hex()
@@ -206,8 +206,14 @@ class KeyRing:
     def change(self, edit: Callable[[Records], Iterable[KeyRecord]]) -> None:
         """Store the records that `edit` makes of the present ones, and hold them from now on.
 
-        `edit` is called under the lock of the data directory with what all processes stored; records are merged by
-        id. Raises KeyFileError or OSError, or what `edit` raises; then nothing changed. Blocks: reads and writes.
+        Raises KeyFileError or OSError, or what `edit` raises; then nothing changed. Blocks: reads and writes files.
+        """
+        self.adopt(*self.store(edit))
+
+    def store(self, edit: Callable[[Records], Iterable[KeyRecord]]) -> tuple[Kept, Mark | None]:
+        """The first half of `change`, which changes files only, so a thread may do it: gives what `adopt` takes.
+
+        `edit` is called under the lock of the data directory, with what all processes stored.
         """
         with self.file.lock():
             found = self.file.read()
@@ -215,9 +221,14 @@ class KeyRing:
             after = Kept(merged(records, edit(records)), {**self.kept.peppers, **found.peppers})
             if after != found:
                 self.file.write(after)
-            mark = self.file.mark()
-        self.load(after)
+            return after, self.file.mark()
+
+    def adopt(self, kept: Kept, mark: Mark | None) -> None:
+        """Hold `kept` together with what is held now; `mark` is that of the file it came from."""
         self.mark = mark
+        records = merged(self.records, kept.records.values())
+        if records != self.records or not self._peppers.keys() >= kept.peppers.keys():
+            self.load(Kept(records, kept.peppers))
 
     def add(self, record: KeyRecord) -> None:
         """Store the record and accept its key from now on. Raises KeyFileError or OSError; then nothing changed."""

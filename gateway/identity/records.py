@@ -114,20 +114,44 @@ def document(record: KeyRecord, now_unix_s: float) -> dict[str, Any]:
     return {
         "id": record.id,
         "name": record.name,
-        "masked": masked(record.id),
+        "origin": "created",
         "status": record.status(now_unix_s),
-        "group": record.group,
-        "roles": list(record.roles),
-        "models": None if record.models is None else list(record.models),
-        "limits": [limit_document(limit) for limit in record.limits],
-        "budget": None if record.budget is None else budget_document(record.budget),
-        "expires_at": rfc3339(record.expires_at),
+        **_shown(record.principal()),
+        "masked": masked(record.id),
         "metadata": dict(record.metadata),
+        "expires_at": rfc3339(record.expires_at),
         "created_at": rfc3339(record.created_at),
         "revoked_at": rfc3339(record.revoked_at),
         "previous_valid_until": rfc3339(overlap),
         "revision": record.revision,
-        "origin": "created",
+    }
+
+
+def configured_document(principal: Principal) -> dict[str, Any]:
+    """The same of a key of the environment."""
+    return {
+        "id": principal.key_id,
+        "name": principal.name,
+        "origin": "environment",
+        "status": "active",
+        **_shown(principal),
+        "masked": "…",
+        "metadata": {},
+        "expires_at": None,
+        "created_at": None,
+        "revoked_at": None,
+        "previous_valid_until": None,
+        "revision": 0,
+    }
+
+
+def _shown(principal: Principal) -> dict[str, Any]:
+    return {
+        "group": principal.group,
+        "roles": sorted(principal.roles),
+        "models": None if principal.models is None else sorted(principal.models),
+        "limits": [limit_document(limit) for limit in principal.limits],
+        "budget": None if principal.budget is None else budget_document(principal.budget),
     }
 
 
