@@ -11,6 +11,7 @@ from typing import Final
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
+from gateway.admin import keys as admin_keys
 from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
 from gateway.config import Config
@@ -24,6 +25,7 @@ from gateway.handlers.proxy import Proxy
 from gateway.handlers.relay import settle_usage
 from gateway.handlers.resolve import BodyLimits
 from gateway.handlers.system import Exposition, Live, Ready
+from gateway.identity.book import KeyBook
 from gateway.identity.keys import KeyRing
 from gateway.ledger.record import Recent, record
 from gateway.log import RequestLog
@@ -57,6 +59,7 @@ class App:
         self.transport = Transport(config.upstream_idle_s)
         self.control = Control()
         self.prober = Prober(self.control, lambda: self.catalog.upstreams, self._changed)
+        self.keys = KeyBook(keys)
         self.draining = False
         self.dispatcher = Dispatcher(self.transport)
         self.metrics.retries = lambda: self.dispatcher.retries
@@ -87,7 +90,7 @@ class App:
         for path, surface in {**openai.SURFACES, **local.SURFACES}.items():
             reject = config.tools_unsupported == "reject"
             routes[path] = {"POST": Proxy(surface, self.catalog, self.dispatcher, limits, reject_tools=reject)}
-        return routes
+        return routes | admin_keys.routes(self.keys)
 
     def _metrics_routes(self) -> Routes:
         return {
@@ -111,11 +114,13 @@ class App:
         await self.prober.probe_due()
         self.catalog.rebuild()
         self.prober.start()
+        await self.keys.start()
         self._lag()
 
     async def stop(self) -> None:
         if self._lag_timer is not None:
             self._lag_timer.cancel()
+        await self.keys.stop()
         await self.prober.stop()
         await self.control.close()
         self.transport.close()

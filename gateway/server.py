@@ -291,6 +291,8 @@ async def _serve(config: Config, keys: KeyRing, announce: Callable[[str], None])
     async with AsyncExitStack() as stack:
         furnished = await furnish(config, stack)
         app = App(furnished.config, keys)
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(signal.SIGHUP, app.keys.wake)
 
         def started(listeners: Listeners) -> None:
             assert listeners.address is not None
