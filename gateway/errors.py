@@ -91,6 +91,18 @@ class UnsupportedMedia(GatewayError):
     status, type, code, blame = 415, "invalid_request_error", "unsupported_content_encoding", "client"
 
 
+class RateLimited(GatewayError):
+    """A limit of the client's own is reached; OpenAI's `type` says of what: "requests" or "tokens"."""
+
+    status, type, code, blame = 429, "requests", "rate_limit_exceeded", "client"
+
+
+class QuotaExceeded(GatewayError):
+    """The budget is spent. 402 and not OpenAI's 429, which clients answer by trying again; its `type` and `code`."""
+
+    status, type, code, blame = 402, "insufficient_quota", "insufficient_quota", "client"
+
+
 class VersionNotSupported(GatewayError):
     status, type, code, blame = 505, "invalid_request_error", "http_version_not_supported", "client"
 

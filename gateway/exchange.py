@@ -13,6 +13,7 @@ from gateway.wire.usage import Usage
 
 if TYPE_CHECKING:  # the record names these, and imports none of them
     from gateway.config import Price
+    from gateway.limits.limiter import Taken
     from gateway.wire.body import Body
     from gateway.wire.usage import Meter
 
@@ -54,6 +55,7 @@ class Exchange:
         "route",
         "status",
         "stream",
+        "taken",
         "upstream",
         "upstream_s",
         "usage",
@@ -77,6 +79,7 @@ class Exchange:
         self.body: Body | None = None
         self.model_asked = ""  # as the client wrote it; never a metric label
         self.model = ""  # catalog name after aliases; bounded
+        self.taken: Taken | None = None  # of limits; settled at the end
         self.provider = ""
         self.upstream = ""  # public name of the upstream address
         self.stream = False

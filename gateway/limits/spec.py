@@ -30,7 +30,7 @@ UNITS: Final[tuple[Unit, ...]] = get_args(Unit)
 BURST_MAX: Final = 1_000_000_000
 PER_S_MAX: Final = 1_000_000_000.0
 PER_S_MIN: Final = 1e-6
-BUDGET_MAX: Final = 1_000_000_000.0
+BUDGET_MAX: Final[Mapping[Unit, float]] = {"tokens": 1e15, "currency": 1e7}
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LIMIT_KEYS: Final = ("name", "scope", "resource", "burst", "per_s", "observe")
@@ -124,8 +124,8 @@ def parse_budget(raw: object) -> Budget:
     unit = cast("Unit", _one_of(document, "unit", UNITS, "currency"))
     period = cast("Period", _one_of(document, "period", PERIODS, None))
     amount = _number(document, "amount")
-    if not 0 <= amount <= BUDGET_MAX:
-        raise SpecError("amount", f"must be 0 to {BUDGET_MAX:g}")
+    if not 0 <= amount <= BUDGET_MAX[unit]:
+        raise SpecError("amount", f"must be 0 to {BUDGET_MAX[unit]:g}")
     return Budget(amount, unit, period)
 
 

@@ -1,0 +1,432 @@
+"""The Limiter: what handlers and middlewares see. `admit` before a request runs, `settle` when it is over.
+
+All limits of a request are taken in one step or not at all: from what is on loan here, without awaiting, or by one
+call of the store's script; on this process's share while the store is away; always here where there is no store.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Sequence
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+from gateway.errors import GatewayError, QuotaExceeded, RateLimited
+from gateway.limits import bucket as arithmetic
+from gateway.limits.bucket import MICRO
+from gateway.limits.local import BUDGET, SLOTS, Bucket, Needs, shared_out, take_loaned, take_share
+from gateway.limits.redis import Shared
+from gateway.limits.spec import Limit, Period
+from gateway.store.client import Store, StoreAway, StoreError
+
+if TYPE_CHECKING:
+    from gateway.exchange import Exchange
+    from gateway.identity.principals import Principal
+
+_log = logging.getLogger("gateway.limits")
+
+_YEARS_MS: Final = 10 * 366 * 86400 * 1000
+_SLOT_LIFE_MS: Final = 60_000
+_KEPT_MS: Final = 600_000
+_ENTRIES_MAX: Final = 20_000
+_FOR_EVER: Final = float("inf")
+#: what is said of the time when a slot will be free, which nobody knows
+_SLOT_WAIT_S: Final = 1.0
+
+
+class Taken:
+    """What a request holds of its buckets. `alone`: taken from this process's share, not in the store."""
+
+    __slots__ = ("alone", "needs")
+
+    def __init__(self) -> None:
+        self.needs: Needs = ()
+        self.alone = False
+
+
+class Entry:
+    """The buckets of one (key, route, model), found once. Good for this `principal` and until `until_unix_s`.
+
+    `fixed`: needs that are the same for each request; None if some depend on its tokens.
+    """
+
+    __slots__ = ("buckets", "fixed", "principal", "requests", "tokens", "until_unix_s")
+
+    def __init__(self, principal: Principal, buckets: tuple[Bucket, ...], until_unix_s: float) -> None:
+        self.principal = principal
+        self.buckets = buckets
+        self.until_unix_s = until_unix_s
+        self.fixed: Needs | None = None
+        if all(bucket.limit is not None and not bucket.limit.resource.endswith("tokens") for bucket in buckets):
+            self.fixed = tuple((bucket, bucket.unit) for bucket in buckets)
+        #: what the x-ratelimit headers tell of: limits that refuse, of requests and of tokens
+        told = [bucket for bucket in buckets if bucket.limit is not None and not bucket.observe]
+        self.requests = [bucket for bucket in told if bucket.limit and bucket.limit.resource == "requests"]
+        self.tokens = [bucket for bucket in told if bucket.limit and bucket.limit.resource.endswith("tokens")]
+
+
+class Limiter:
+    """`limits` hold for all keys; a key's own come with its principal, and replace the general ones of their name.
+
+    `part`: how much of each limit this process grants by itself while the store is away. `refused` counts by name and
+    scope, `observed` by name.
+    """
+
+    def __init__(self, limits: Sequence[Limit], store: Store | None, *, part: float = 1.0) -> None:
+        self._limits = tuple(limits)
+        self._store = store
+        self._part = part if store is not None else 1.0
+        self._shared = Shared(store, part, self._give_back) if store is not None else None
+        self._entries: dict[tuple[str, str, str], Entry] = {}
+        self._buckets: dict[str, Bucket] = {}
+        self.refused: dict[tuple[str, str], int] = {}
+        self.observed: dict[str, int] = {}
+        if store is not None:
+            store.on_change.append(self._changed)
+
+    @property
+    def degraded(self) -> bool:
+        """The store is away: each process keeps limits for itself."""
+        return self._store is not None and not self._store.up and bool(self._buckets or self._limits)
+
+    @property
+    def calls(self) -> int:
+        """Round trips to the store so far."""
+        return self._shared.calls if self._shared is not None else 0
+
+    async def stop(self) -> None:
+        """Give back what is on loan and tell the store what is owed."""
+        if self._shared is not None and not await self._shared.flush():
+            _log.warning("the store is away: what requests used since it went is not charged to their limits")
+
+    # -- before -------------------------------------------------------------------------------------------------
+
+    def entry(self, exchange: Exchange, model: str) -> Entry | None:
+        """The buckets that a request for `model` takes from; None if nothing limits it. "" if it is for no model."""
+        principal: Principal | None = exchange.principal
+        if principal is None or not (self._limits or principal.limits or principal.budget):
+            return None
+        found = self._entries.get((principal.key_id, exchange.route, model))
+        if found is None or found.principal is not principal or exchange.began_unix_s >= found.until_unix_s:
+            found = self._entry(principal, exchange.route, model, exchange.began_unix_s)
+        return found if found.buckets else None
+
+    def admit(
+        self, exchange: Exchange, entry: Entry, prompt: int = 0, completion: int = 0, cost: float | None = None
+    ) -> Awaitable[None] | None:
+        """Take what the request needs: `prompt` and `completion` tokens and `cost` are estimates, settled later.
+
+        None if it was taken at once, else an awaitable. Raises RateLimited or QuotaExceeded; then nothing was taken.
+        """
+        needs = entry.fixed
+        if needs is None:
+            needs = [(bucket, _need(bucket, prompt, completion, cost)) for bucket in entry.buckets]
+        now = monotonic()
+        taken = Taken()
+        shared = self._shared
+        if shared is None or not shared.up:
+            self._alone(exchange, entry, needs, taken, now)
+            return None
+        if take_loaned(needs, now):
+            taken.needs = needs
+            exchange.taken = taken
+            self._tell(exchange, entry, now)
+            return None
+        for bucket, amount in needs:
+            if now < bucket.empty_until and amount >= bucket.empty_amount and not bucket.owed and not bucket.observe:
+                raise self._refusal(exchange, entry, bucket, amount, now)
+        return self._ask(shared, exchange, entry, needs, taken)
+
+    async def _ask(self, shared: Shared, exchange: Exchange, entry: Entry, needs: Needs, taken: Taken) -> None:
+        waiting = shared.ask(needs, taken)
+        exchange.taken = taken  # from now on: the store may grant it after the client has left
+        try:
+            refusing = await waiting
+        except (StoreAway, StoreError) as error:
+            if isinstance(error, StoreError):
+                _log.error("the limits' script failed: %s", error)
+            self._alone(exchange, entry, needs, taken, monotonic())
+            return
+        now = monotonic()
+        if refusing is not None:
+            exchange.taken = None
+            amount = next(amount for bucket, amount in needs if bucket is refusing)
+            raise self._refusal(exchange, entry, refusing, amount, now)
+        if len(taken.needs) < len(needs):
+            held = [bucket for bucket, _ in taken.needs]
+            self._observe([bucket for bucket, _ in needs if bucket not in held])
+        self._tell(exchange, entry, now)
+
+    def _alone(self, exchange: Exchange, entry: Entry, needs: Needs, taken: Taken, now: float) -> None:
+        refusing, short = take_share(needs, now, self._part)
+        if refusing is not None:
+            exchange.taken = None
+            amount = next(amount for bucket, amount in needs if bucket is refusing)
+            raise self._refusal(exchange, entry, refusing, amount, now)
+        if short:
+            self._observe(short)
+            needs = [need for need in needs if need[0] not in short]
+        taken.needs = needs
+        taken.alone = True
+        exchange.taken = taken
+        self._tell(exchange, entry, now)
+
+    def _observe(self, buckets: Sequence[Bucket]) -> None:
+        for bucket in buckets:
+            self.observed[bucket.name] = self.observed.get(bucket.name, 0) + 1
+
+    # -- after --------------------------------------------------------------------------------------------------
+
+    def settle(self, exchange: Exchange) -> None:
+        """Charge what was used instead of what was estimated, and free the slots. Synchronous, once for each request.
+
+        A request that never used a model's tokens gets all of its estimate back.
+        """
+        taken: Taken | None = exchange.taken
+        if taken is None:
+            return
+        exchange.taken = None
+        usage = exchange.usage
+        if usage is None:
+            self._settle(taken, 0, 0, 0.0)
+        else:
+            self._settle(taken, usage.prompt, usage.completion, exchange.cost)
+
+    def _give_back(self, taken: Taken) -> None:
+        needs, taken.needs = taken.needs, ()
+        for bucket, amount in needs:
+            self._free(bucket, amount) if bucket.kind == SLOTS else self._charge(bucket, -amount, taken.alone)
+
+    def _settle(self, taken: Taken, prompt: int, completion: int, cost: float | None) -> None:
+        needs, taken.needs = taken.needs, ()
+        for bucket, amount in needs:
+            if bucket.kind == SLOTS:
+                self._free(bucket, amount)
+                continue
+            used = _used(bucket, prompt, completion, cost)
+            if used is not None and used != amount:
+                self._charge(bucket, used - amount, taken.alone)
+
+    def _charge(self, bucket: Bucket, amount: int, alone: bool) -> None:
+        if self._shared is None or (alone and bucket.share is not None):
+            if bucket.share is not None:
+                arithmetic.charge(bucket.share, shared_out(bucket, self._part), amount)
+            return
+        if 0 < amount <= bucket.loan:
+            bucket.loan -= amount
+            return
+        bucket.owed += amount
+        self._shared.owe(bucket)
+
+    def _free(self, bucket: Bucket, slots: int) -> None:
+        bucket.in_use -= slots
+        if self._shared is None or not self._shared.up:
+            return
+        if bucket.loan + slots <= bucket.want(1) and monotonic() < bucket.held_until:
+            bucket.loan += slots
+        else:
+            self._shared.hurry(bucket)
+
+    def _changed(self, up: bool) -> None:
+        if not (self._buckets or self._limits):
+            return
+        if not up:
+            _log.warning("limits are kept by this process alone while the store is away: %g of each", self._part)
+            return
+        assert self._shared is not None
+        for bucket in self._buckets.values():
+            if bucket.share is not None or bucket.in_use or bucket.owed or bucket.sent:
+                self._shared.owe(bucket)
+        _log.info("limits are shared again")
+
+    # -- which buckets ------------------------------------------------------------------------------------------
+
+    def _entry(self, principal: Principal, route: str, model: str, unix_s: float) -> Entry:
+        own = {limit.name for limit in principal.limits}
+        buckets: list[Bucket] = []
+        for limit in (*principal.limits, *(limit for limit in self._limits if limit.name not in own)):
+            if not model and limit.resource != "requests":
+                continue
+            whom = _whom(limit, principal, route, model, own=limit.name in own)
+            if whom is not None:
+                buckets.append(self._bucket(limit, whom))
+        until_unix_s = _FOR_EVER
+        if principal.budget is not None and model:
+            budget, until_unix_s = self._budget(principal, unix_s)
+            buckets.append(budget)
+        if len(self._entries) >= _ENTRIES_MAX:
+            self._forget()
+        entry = self._entries[principal.key_id, route, model] = Entry(principal, tuple(buckets), until_unix_s)
+        return entry
+
+    def _bucket(self, limit: Limit, whom: tuple[str, ...]) -> Bucket:
+        if limit.resource == "concurrent":
+            life_ms = _SLOT_LIFE_MS
+        else:
+            life_ms = min(int(2 * limit.burst / limit.per_s * 1000) + _KEPT_MS, _YEARS_MS)
+        key = self._key("limit", limit.name, limit.resource, *whom)
+        found = self._buckets.get(key)
+        if found is None:
+            found = self._buckets[key] = Bucket(key, limit, None, life_ms)
+        elif found.limit != limit:
+            found.revise(Bucket(key, limit, None, life_ms))
+        return found
+
+    def _budget(self, principal: Principal, unix_s: float) -> tuple[Bucket, float]:
+        budget = principal.budget
+        assert budget is not None
+        name, until_unix_s = period_of(budget.period, unix_s)
+        life_ms = int((until_unix_s - unix_s + 2 * 86400) * 1000) if until_unix_s < _FOR_EVER else 0
+        key = self._key("budget", principal.key_id, budget.unit, budget.period, name)
+        found = self._buckets.get(key)
+        if found is None:
+            found = self._buckets[key] = Bucket(key, None, budget, life_ms)
+        elif found.budget != budget:
+            found.revise(Bucket(key, None, budget, life_ms))
+        return found, until_unix_s
+
+    def _key(self, *parts: str) -> str:
+        return self._store.key(*parts) if self._store is not None else "\0".join(parts)
+
+    def _forget(self) -> None:
+        """Drop the entries and every bucket that is as one would be made new."""
+        self._entries.clear()
+        now_us = int(monotonic() * MICRO)
+        for key, bucket in list(self._buckets.items()):
+            if self._shared is None and bucket.share is not None and bucket.kind != BUDGET and not bucket.in_use:
+                arithmetic.refill(bucket.share, bucket.rules, now_us)
+                if bucket.kind == SLOTS or bucket.share.level >= bucket.rules.burst:
+                    bucket.share = None
+            if bucket.idle():
+                del self._buckets[key]
+
+    # -- what the client is told --------------------------------------------------------------------------------
+
+    def _tell(self, exchange: Exchange, entry: Entry, now: float) -> None:
+        """The x-ratelimit headers, of the scarcest limit of requests and of tokens."""
+        for buckets, what in ((entry.requests, "requests"), (entry.tokens, "tokens")):
+            if not buckets:
+                continue
+            bucket = buckets[0] if len(buckets) == 1 else min(buckets, key=lambda one: one.known(now) / one.rules.burst)
+            left = max(0, bucket.known(now))
+            rules = bucket.rules
+            reset_s = -(-(rules.burst - left) // rules.rate)
+            exchange.headers += (
+                (f"x-ratelimit-limit-{what}", str(rules.burst // MICRO)),
+                (f"x-ratelimit-remaining-{what}", str(left // MICRO)),
+                (f"x-ratelimit-reset-{what}", reset_text(reset_s)),
+            )
+
+    def _refusal(self, exchange: Exchange, entry: Entry, bucket: Bucket, amount: int, now: float) -> GatewayError:
+        self._tell(exchange, entry, now)
+        scope = bucket.limit.scope if bucket.limit is not None else "key"
+        label = (bucket.name, scope)
+        self.refused[label] = self.refused.get(label, 0) + 1
+        level = bucket.known(now)
+        left = max(0, level)
+        if bucket.budget is not None:
+            return _exceeded(bucket, level, exchange.began_unix_s)
+        assert bucket.limit is not None
+        limit = bucket.limit
+        what = limit.resource.replace("_", " ")
+        used = f"{limit.burst - left // bucket.unit}/{limit.burst}"
+        where = f"limit {limit.name!r} (scope {scope})"
+        if bucket.kind == SLOTS:
+            return _limited(
+                f"{where} reached: {used} concurrent requests run; try again when one of them has ended",
+                "requests", _SLOT_WAIT_S,
+            )  # fmt: skip
+        wait_s = (arithmetic.wait_us(min(level, amount - 1), bucket.rules, amount) or 1) / MICRO
+        needs = "" if limit.resource == "requests" else f", this request may need {-(-amount // MICRO)}"
+        return _limited(
+            f"{where} reached: {used} {what} used{needs}; it will pass in {wait_s:.3g} s",
+            "requests" if limit.resource == "requests" else "tokens", wait_s,
+        )  # fmt: skip
+
+
+def _limited(message: str, kind: str, wait_s: float) -> RateLimited:
+    error = RateLimited(
+        message, retry_after_s=math.ceil(wait_s), headers=(("retry-after-ms", str(math.ceil(wait_s * 1000))),)
+    )
+    error.type = kind
+    return error
+
+
+def _exceeded(bucket: Bucket, level: int, unix_s: float) -> QuotaExceeded:
+    budget = bucket.budget
+    assert budget is not None
+    _, until_unix_s = period_of(budget.period, unix_s)
+    unit = "tokens" if budget.unit == "tokens" else "currency units"
+    again = "it does not renew itself"
+    if until_unix_s < _FOR_EVER:
+        again = f"it renews at {datetime.fromtimestamp(until_unix_s, UTC):%Y-%m-%dT%H:%MZ}"
+    used = budget.amount - level / bucket.unit
+    return QuotaExceeded(
+        f"the budget of this key is spent or reserved (scope key): {used:.10g}/{budget.amount:.10g} {unit} for "
+        f"{'the ' + budget.period if budget.period != 'total' else 'all time'}; {again}",
+        headers=(("x-should-retry", "false"),),
+    )
+
+
+def _whom(limit: Limit, principal: Principal, route: str, model: str, *, own: bool) -> tuple[str, ...] | None:
+    """What a bucket's name adds to the limit's; None if the limit does not apply. A key's own limits are its alone."""
+    scope = limit.scope
+    if scope == "key_model":
+        return (scope, principal.key_id, model) if model else None
+    if scope == "key_endpoint":
+        return scope, principal.key_id, route
+    if own:
+        return "own", principal.key_id
+    if scope == "group":
+        return (scope, principal.group) if principal.group else None
+    return (scope, principal.key_id) if scope == "key" else (scope,)
+
+
+def _need(bucket: Bucket, prompt: int, completion: int, cost: float | None) -> int:
+    """What a request must find. More than the whole bucket passes when it is full, and is charged afterwards."""
+    amount = _used(bucket, prompt, completion, cost)
+    if bucket.kind == BUDGET:
+        return max(1, amount or 0)
+    return bucket.unit if amount is None else min(amount, bucket.rules.burst)
+
+
+def _used(bucket: Bucket, prompt: int, completion: int, cost: float | None) -> int | None:
+    """In the bucket's parts; None where it does not depend on tokens, or nobody knows the price."""
+    if bucket.budget is not None:
+        if bucket.budget.unit == "tokens":
+            return prompt + completion
+        return None if cost is None else math.ceil(cost * bucket.unit)
+    assert bucket.limit is not None
+    match bucket.limit.resource:
+        case "input_tokens":
+            return prompt * MICRO
+        case "output_tokens":
+            return completion * MICRO
+        case "total_tokens":
+            return (prompt + completion) * MICRO
+    return None
+
+
+def period_of(period: Period, unix_s: float) -> tuple[str, float]:
+    """The name of the calendar period (UTC) that holds `unix_s`, and when it ends (wall time, inf for never)."""
+    if period == "total":
+        return "total", _FOR_EVER
+    day = datetime.fromtimestamp(unix_s, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    if period == "day":
+        end = day + timedelta(days=1)
+    elif period == "week":
+        day -= timedelta(days=day.weekday())
+        end = day + timedelta(days=7)
+    else:
+        day = day.replace(day=1)
+        end = (day + timedelta(days=32)).replace(day=1)
+    return f"{day:%Y-%m-%d}", end.timestamp()
+
+
+def reset_text(seconds: int) -> str:
+    """ "0s", "12s", "6m0s", "1h0m0s": as OpenAI's headers say it."""
+    minutes, s = divmod(seconds, 60)
+    h, m = divmod(minutes, 60)
+    return f"{h}h{m}m{s}s" if h else f"{m}m{s}s" if m else f"{s}s"

@@ -1,0 +1,188 @@
+"""A process's side of a bucket: what it holds on loan from the store, what it owes it, and its share when on its own.
+
+Decides without awaiting. Most requests are decided here, from the loan; a process without a store, or one whose store
+is away, decides from its share of the bucket by the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from gateway.limits import bucket as arithmetic
+from gateway.limits.bucket import MICRO, Rules, State
+from gateway.limits.spec import Budget, Limit
+
+TOKENS: Final = 0
+SLOTS: Final = 1
+BUDGET: Final = 2
+
+#: units of a budget are counted in parts of this size: whole tokens, or a hundred-millionth of the currency's unit
+BUDGET_UNIT: Final = {"tokens": 1, "currency": 100_000_000}
+#: of a bucket, one process borrows at most this part; one too small to lend a few requests' worth lends nothing
+_LOAN_PART: Final = 16
+_LEND_FROM_REQUESTS: Final = 64
+#: a loan aims at the needs of so many requests
+_LOAN_REQUESTS: Final = 32
+
+
+class Bucket:
+    """One bucket: of a limit and whom it is for (`key` in the store), or of a budget in one of its periods."""
+
+    __slots__ = (
+        "asked_at",
+        "budget",
+        "ceiling",
+        "empty_amount",
+        "empty_until",
+        "held_until",
+        "in_use",
+        "key",
+        "kind",
+        "level",
+        "level_at",
+        "life_ms",
+        "limit",
+        "loan",
+        "loan_max",
+        "owed",
+        "rules",
+        "sent",
+        "seq",
+        "share",
+        "unit",
+        "used_at",
+    )
+
+    def __init__(self, key: str, limit: Limit | None, budget: Budget | None, life_ms: int) -> None:
+        self.key = key
+        self.limit = limit
+        self.budget = budget
+        self.life_ms = life_ms
+        if budget is not None:
+            self.kind = BUDGET
+            self.unit = BUDGET_UNIT[budget.unit]
+            self.rules = Rules(round(budget.amount * self.unit), 0, arithmetic.DEBT_MAX)
+            self.loan_max = self.rules.burst // _LOAN_PART
+        else:
+            assert limit is not None
+            self.kind = SLOTS if limit.resource == "concurrent" else TOKENS
+            self.unit = 1 if self.kind == SLOTS else MICRO
+            burst = limit.burst * self.unit
+            rate = round(limit.per_s * MICRO) if self.kind == TOKENS else 0
+            self.rules = Rules(burst, rate, burst)
+            small = limit.resource in ("requests", "concurrent") and limit.burst < _LEND_FROM_REQUESTS
+            self.loan_max = 0 if small else burst // _LOAN_PART
+        self.loan = 0  # on loan and unused; of slots: held and free
+        self.in_use = 0  # slots
+        self.held_until = 0.0
+        self.asked_at = 0.0  # when the store was last told what is held
+        self.used_at = 0.0
+        self.owed = 0  # charges the store has not been told of
+        self.sent = 0  # charges it may not have heard: told again under the same number
+        self.seq = 0
+        self.ceiling = -1
+        self.level = self.rules.burst  # the store's, as last heard
+        self.level_at = 0.0
+        #: refused here without asking: for this amount and more the bucket is empty until then
+        self.empty_until = 0.0
+        self.empty_amount = 0
+        self.share: State | None = None  # this process's own bucket while there is no store
+
+    def __repr__(self) -> str:
+        return f"<Bucket {self.key} level {self.level} loan {self.loan} in use {self.in_use} owed {self.owed}>"
+
+    def revise(self, new: Bucket) -> None:
+        """Take over the constants of `new`: the limit was changed. A budget that grew leaves that much more."""
+        if self.share is not None:
+            self.share.level += new.rules.burst - self.rules.burst if self.kind == BUDGET else 0
+            self.share.level = min(self.share.level, new.rules.burst)
+        for field in ("budget", "life_ms", "limit", "loan_max", "rules"):
+            setattr(self, field, getattr(new, field))
+
+    @property
+    def name(self) -> str:
+        return self.limit.name if self.limit is not None else "budget"
+
+    @property
+    def observe(self) -> bool:
+        return self.limit is not None and self.limit.observe
+
+    def want(self, need: int) -> int:
+        """How much to borrow for requests of this size; 0 if the bucket is too small to be divided."""
+        want = min(self.loan_max, need * _LOAN_REQUESTS)
+        return want if want >= need else 0
+
+    def idle(self) -> bool:
+        """Nothing is held, owed or in use: forgetting the bucket loses nothing the store does not know."""
+        return not (self.loan or self.in_use or self.owed or self.sent or self.share is not None)
+
+    def known(self, now: float) -> int:
+        """The level, as far as this process knows, in the bucket's parts; negative in debt."""
+        if self.share is not None:
+            return self.share.level
+        if self.kind == SLOTS:
+            return self.level + self.loan
+        state = State(self.level, 0, int(self.level_at * MICRO))
+        arithmetic.refill(state, self.rules, int(now * MICRO), self.loan)
+        return state.level + self.loan
+
+
+Needs = Sequence[tuple[Bucket, int]]
+
+
+def take_loaned(needs: Needs, now: float) -> bool:
+    """Take all needs from what is on loan, or nothing at all."""
+    for bucket, amount in needs:
+        if bucket.loan < amount or now >= bucket.held_until:
+            return False
+    for bucket, amount in needs:
+        bucket.loan -= amount
+        bucket.used_at = now
+        if bucket.kind == SLOTS:
+            bucket.in_use += amount
+    return True
+
+
+def take_share(needs: Needs, now: float, part: float) -> tuple[Bucket | None, list[Bucket]]:
+    """Take all needs from this process's own buckets, each `part` of the whole one: the decision without a store.
+
+    Gives the bucket that refuses, then nothing was taken, and the observed buckets that would have.
+    """
+    now_us = int(now * MICRO)
+    short: list[Bucket] = []
+    for bucket, amount in needs:
+        state = bucket.share
+        rules = shared_out(bucket, part)
+        if state is None:
+            # From what was last heard of the store, and what is still on loan: an outage is no new burst.
+            state = bucket.share = State(min(rules.burst, int(bucket.known(now) * part)), 0, now_us)
+            if bucket.kind != SLOTS:
+                bucket.loan = 0
+        if bucket.kind == SLOTS:
+            state.level = rules.burst - bucket.in_use
+        else:
+            arithmetic.refill(state, rules, now_us)
+        enough = state.level > 0 if bucket.kind == BUDGET else state.level >= min(amount, rules.burst)
+        if not enough:
+            if not bucket.observe:
+                return bucket, short
+            short.append(bucket)
+    for bucket, amount in needs:
+        if bucket in short:
+            continue
+        assert bucket.share is not None
+        bucket.used_at = now
+        bucket.share.level -= amount
+        if bucket.kind == SLOTS:
+            bucket.in_use += amount
+    return None, short
+
+
+def shared_out(bucket: Bucket, part: float) -> Rules:
+    """The rules of this process's own bucket; never less than one unit."""
+    rules = bucket.rules
+    if part >= 1.0:
+        return rules
+    burst = max(int(rules.burst * part), min(bucket.unit, rules.burst))
+    return Rules(burst, max(1, int(rules.rate * part)) if rules.rate else 0, rules.debt)
