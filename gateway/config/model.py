@@ -161,6 +161,8 @@ class Config:
     data_dir: Path
     listen: Listen = Listen("127.0.0.1", 8700)
     metrics_listen: Listen | None = Listen("127.0.0.1", 9464)
+    redis_url: Secret = field(default_factory=lambda: Secret(""))  # may hold a password
+    store: Literal["auto", "embedded", "off"] = "auto"
     api_keys: tuple[tuple[str, Secret], ...] = ()
     providers: tuple[Provider, ...] = ()
     ollama_base_url: str | None = None  # native root without /api: "http://localhost:11434"
@@ -175,6 +177,7 @@ class Config:
     shutdown_s: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     access_log: bool = True
+    ledger: bool = True
     demo: Literal["auto", "on", "off"] = "auto"
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

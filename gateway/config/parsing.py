@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
-from gateway.config.model import Listen, Problem
+from gateway.config.model import Listen, Problem, Secret
+from gateway.store import address
 
 LOOPBACK: Final = "127.0.0.1"
 SECONDS_MAX: Final = 1_000_000.0
@@ -252,6 +253,17 @@ def base_url(raw: object) -> str:
         if path.endswith(operation):
             raise Refused("must be the base, not one operation", nearest=root + path.removesuffix(operation))
     return root + path
+
+
+def redis_url(raw: object) -> Secret:
+    """The URL of a Redis or Valkey, as `gateway.store.address` understands it. Never shown: it may hold a password."""
+    if not isinstance(raw, str) or not re.fullmatch(r"[!-~]+", raw):
+        raise Refused("must be a URL of ASCII characters without spaces", shown="")
+    try:
+        address.parse(raw)
+    except ValueError as error:
+        raise Refused(str(error), shown="", hint="redis://host:6379/0") from None
+    return Secret(raw)
 
 
 def _without_secrets(url: SplitResult) -> str:

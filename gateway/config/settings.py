@@ -49,6 +49,12 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("listen", parsing.listen, "address for clients, host:port"),
     _setting("metrics_listen", parsing.listen_or_off, "address for Prometheus, host:port or off"),
     _setting("data_dir", parsing.directory, "directory for keys and records"),
+    _setting("redis_url", parsing.redis_url, "Redis or Valkey that several gateways share", "REDIS_URL", False),
+    _setting(
+        "store",
+        parsing.choice("auto", "embedded", "off"),
+        "where limits, keys and usage are shared; auto: REDIS_URL, else the embedded Valkey",
+    ),
     _setting("api_keys", _many, "client keys: name=key,…", flag=False),
     _setting("tools_unsupported", parsing.choice("strip", "reject"), "tools for a model without them"),
     _setting("max_body_bytes", parsing.whole(1, 2**40), "largest request body"),
@@ -59,6 +65,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("shutdown_s", _seconds_or_zero, "how long running requests may finish after SIGTERM"),
     _setting("log_level", parsing.choice("debug", "info", "warning", "error"), "least severe message to log"),
     _setting("access_log", parsing.switch, "one log line for each request"),
+    _setting("ledger", parsing.switch, "keep a record of what each request used, in the data directory"),
     _setting(
         "demo",
         parsing.choice("auto", "on", "off"),

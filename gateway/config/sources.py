@@ -119,6 +119,9 @@ def _across(values: dict[str, Any], given: Layer, collect: Collector) -> None:
     if metrics is not None and listen == metrics and listen.port != 0:
         at = given.get("metrics_listen") or given["listen"]
         collect.add(at.path, at.source, f"listen and metrics_listen are both {listen}")
+    if values.get("redis_url") and values.get("store", "auto") != "auto":
+        at = given["redis_url"]
+        collect.warn(at.path, at.source, f"is not used: store is {values['store']}", hint="store: auto")
     if values.get("upstream_idle_s", 0.0) >= 5.0:
         at = given["upstream_idle_s"]
         collect.warn(

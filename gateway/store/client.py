@@ -14,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from redis import exceptions
 
 from gateway.metrics import StoreSeries
-from gateway.store.address import Address
+from gateway.store.address import Address, parse
 from gateway.store.breaker import Breaker
 from gateway.store.connections import (
     BACKGROUND_CALLS,
@@ -94,9 +95,9 @@ class Store:
     they run on the loop, are synchronous and must not raise.
     """
 
-    def __init__(self, address: Address, *, server: Embedded | None = None, series: StoreSeries | None = None) -> None:
+    def __init__(self, address: Address, *, server: Embedded | None = None) -> None:
         self.address = address
-        self.series = series or StoreSeries()
+        self.series = StoreSeries()  # what `Metrics.store` shows
         self.on_change: list[Callable[[bool], None]] = []
         self._server = server
         self._breaker = Breaker(monotonic())
@@ -105,6 +106,27 @@ class Store:
         self._background: Connections | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._heartbeat: asyncio.Task[None] | None = None
+
+    @classmethod
+    def open(cls, setting: str, redis_url: str, data_dir: Path) -> Store | None:
+        """The store that the setting names ("auto", "embedded", "off"), not started. None: off, or, which is logged,
+        none to be had on this platform. ValueError if `redis_url` is none.
+        """
+        if setting == "off":
+            return None
+        if redis_url and setting == "auto":
+            return cls(parse(redis_url))
+        try:
+            from gateway.store.embedded import Embedded, binary  # here: it needs POSIX
+        except ImportError:
+            program = None
+        else:
+            program = binary()
+        if program is None:
+            _log.warning("there is no embedded store for this platform: limits and usage are this process's own")
+            return None
+        server = Embedded(data_dir, program)
+        return cls(server.address, server=server)
 
     def __repr__(self) -> str:
         return f"<Store {self.address} {'up' if self.up else 'away'}>"
