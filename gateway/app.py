@@ -27,6 +27,7 @@ from gateway.handlers.resolve import BodyLimits
 from gateway.handlers.system import Exposition, Live, Ready
 from gateway.identity.book import KeyBook
 from gateway.identity.keys import KeyRing
+from gateway.ledger.journal import Journal
 from gateway.ledger.record import Recent, record
 from gateway.log import RequestLog
 from gateway.metrics import Level, Metrics
@@ -41,6 +42,9 @@ _log = logging.getLogger("gateway")
 LAG_EVERY_S: Final = 0.25
 #: answered without a key
 OPEN_PATHS: Final = frozenset({"/livez"})
+
+#: where a model is asked: these requests are in the ledger, refused ones too
+BILLABLE: Final = frozenset({*openai.SURFACES, *local.SURFACES})
 
 Routes = Mapping[str, Mapping[str, Handler]]
 
@@ -61,8 +65,10 @@ class App:
         self.prober = Prober(self.control, lambda: self.catalog.upstreams, self._changed)
         self.keys = KeyBook(keys)
         self.draining = False
-        self.dispatcher = Dispatcher(self.transport)
+        self.journal = Journal(config.data_dir / "journal") if config.ledger else None
+        self.dispatcher = Dispatcher(self.transport, self.journal.open if self.journal is not None else None)
         self.metrics.retries = lambda: self.dispatcher.retries
+        self.metrics.journal = self.journal
         self._lag_timer: asyncio.TimerHandle | None = None
         routes = self._routes()
         self.handle = compose(stack(routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight), Router(routes))
@@ -76,7 +82,7 @@ class App:
         ollama = Ollama(self.control, self._ollama(), enable_pull=config.enable_pull)
         routes: dict[str, dict[str, Handler]] = {
             "/livez": _get(Live()),
-            "/readyz": _get(Ready(self._unready)),
+            "/readyz": _get(Ready(self._unready, self._degraded)),
             "/metrics": _get(Exposition(self.metrics)),
             "/v1/models": _get(openai.Models(self.catalog)),
             "/api/local-llm/providers": _get(Providers(self.catalog, self.control)),
@@ -96,7 +102,7 @@ class App:
         return {
             "/metrics": _get(Exposition(self.metrics)),
             "/livez": _get(Live()),
-            "/readyz": _get(Ready(self._unready)),
+            "/readyz": _get(Ready(self._unready, self._degraded)),
         }
 
     def _ollama(self) -> Upstream | None:
@@ -109,6 +115,8 @@ class App:
 
     async def start(self) -> None:
         """Open the control session, hear what the upstreams serve, and begin to measure. Needs the running loop."""
+        if self.journal is not None:
+            self.journal.start()
         self.transport.start()
         await self.control.start()
         await self.prober.probe_due()
@@ -124,6 +132,8 @@ class App:
         await self.prober.stop()
         await self.control.close()
         self.transport.close()
+        if self.journal is not None:
+            await self.journal.close()
         if self.log is not None:
             self.log.flush()
 
@@ -144,6 +154,13 @@ class App:
     def _unready(self) -> list[str]:
         return ["the gateway is shutting down"] if self.draining else []
 
+    def _degraded(self) -> list[str]:
+        """What is wrong while requests are still served."""
+        found = []
+        if self.journal is not None and self.journal.failing:
+            found.append(f"the journal cannot be written: {self.journal.failing}")
+        return found
+
     def _lag(self, due_at: float = 0.0) -> None:
         """Measure how late the loop runs its timers."""
         now = monotonic()
@@ -159,6 +176,9 @@ class App:
         self.metrics.settle(exchange)
         one = record(exchange)
         self.recent.post(one)
+        # Of strangers there is no record: they could fill the disk with nothing but requests.
+        if self.journal is not None and exchange.principal is not None and exchange.route in BILLABLE:
+            self.journal.post(one)
         if self.log is not None:
             self.log.post(one)
 

@@ -29,6 +29,7 @@ from gateway import __version__
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
+    from gateway.ledger.journal import Journal
     from gateway.upstreams.upstream import Upstream
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -122,6 +123,7 @@ class Metrics(Collector):
         self.store: StoreSeries | None = None  # none without a store
         # asked at scrape time: whoever counts these sets them
         self.retries: Callable[[], int] = int
+        self.journal: Journal | None = None
         self.log_dropped: Callable[[], int] = int
         registry.register(self)
         ProcessCollector(registry=registry)
@@ -201,6 +203,8 @@ class Metrics(Collector):
         yield _histogram("gateway_event_loop_lag_seconds", "How late the event loop runs what is due.", self.loop_lag)
         yield from self._model_families()
         yield from self._upstream_families()
+        if self.journal is not None:
+            yield from _journal_families(self.journal)
         if self.store is not None:
             yield from self._store_families(self.store)
 
@@ -268,6 +272,12 @@ class Metrics(Collector):
         yield errors
         yield CounterMetricFamily("gateway_store_round_trips", "Commands sent to the store.", value=store.round_trips)
         yield _histogram("gateway_store_latency_seconds", "Time of a call that was answered.", store.latency)
+
+
+def _journal_families(journal: Journal) -> Iterator[Metric]:
+    yield CounterMetricFamily("gateway_journal_errors", "Writes that the disk refused.", value=journal.errors)
+    yield GaugeMetricFamily("gateway_journal_held_records", "Records that wait in memory.", value=journal.held)
+    yield CounterMetricFamily("gateway_journal_lost_records", "Records lost for want of memory.", value=journal.lost)
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:

@@ -19,15 +19,21 @@ class Live:
 
 
 class Ready:
-    """200 if requests should be sent here, else 503 with the reasons."""
+    """200 if requests should be sent here, else 503 with the `reasons`. With `degraded` reasons it is still 200: every
+    gateway of a fleet may have them at once, and serves.
+    """
 
-    def __init__(self, reasons: Callable[[], list[str]]) -> None:
+    def __init__(self, reasons: Callable[[], list[str]], degraded: Callable[[], list[str]] = list) -> None:
         self._reasons = reasons
+        self._degraded = degraded
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         reasons = self._reasons()
         if reasons:
             return send_json(request, {"status": "unavailable", "reasons": reasons}, 503)
+        degraded = self._degraded()
+        if degraded:
+            return send_json(request, {"status": "degraded", "reasons": degraded})
         return send_json(request, {"status": "ok"})
 
 
