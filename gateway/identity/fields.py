@@ -132,6 +132,8 @@ def _expires_at(raw: object, now_unix_s: float) -> float | None:
             raise refused("expires_at", 'must say its offset from UTC: "Z" or "+01:00"')
     if at <= now_unix_s:
         raise refused("expires_at", "must lie in the future; to end a key now, revoke it")
+    if at > now_unix_s + _LONGEST_S:
+        raise refused("expires_at", "must be 100 years from now or less; null is never")
     return float(int(at))
 
 
