@@ -29,8 +29,10 @@ from gateway.identity.book import KeyBook
 from gateway.identity.keys import KeyRing
 from gateway.ledger.journal import Journal
 from gateway.ledger.record import Recent, record
+from gateway.limits.limiter import Limiter
 from gateway.log import RequestLog
 from gateway.metrics import Level, Metrics
+from gateway.store.client import Store
 from gateway.upstreams.control import Control
 from gateway.upstreams.health import Prober
 from gateway.upstreams.transport import Transport
@@ -42,6 +44,11 @@ _log = logging.getLogger("gateway")
 LAG_EVERY_S: Final = 0.25
 #: answered without a key
 OPEN_PATHS: Final = frozenset({"/livez"})
+#: where the limits of requests are not asked by the middleware: probes, and the handlers that ask for more than that
+UNLIMITED: Final = frozenset(
+    {*openai.SURFACES, *local.SURFACES, "/livez", "/readyz", "/metrics", "/health", "/health/liveliness", "/ping"}
+    | {"/health/readiness"}
+)
 
 #: where a model is asked: these requests are in the ledger, refused ones too
 BILLABLE: Final = frozenset({*openai.SURFACES, *local.SURFACES})
@@ -56,6 +63,10 @@ class App:
         self.config = config
         self.catalog = Catalog(config.providers)
         self.metrics = Metrics(CollectorRegistry(), lambda: self.catalog.upstreams)
+        self.store = Store.open(config.store, config.redis_url.value, config.data_dir)
+        self.metrics.store = self.store.series if self.store is not None else None
+        self.limiter = Limiter(config.limits, self.store, part=config.limits_share)
+        self.metrics.limiter = self.limiter
         self.recent = Recent()
         self.log = RequestLog() if config.access_log else None
         if self.log is not None:
@@ -71,10 +82,15 @@ class App:
         self.metrics.journal = self.journal
         self._lag_timer: asyncio.TimerHandle | None = None
         routes = self._routes()
-        self.handle = compose(stack(routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight), Router(routes))
+        self.handle = compose(
+            stack(routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight, self.limiter, UNLIMITED),
+            Router(routes),
+        )
         # Loopback and open: a scrape is no use of the product, so it is not counted, and Prometheus holds no key.
         system = self._metrics_routes()
-        self.handle_metrics = compose(stack(system, system, keys, lambda exchange: None, Level()), Router(system))
+        self.handle_metrics = compose(
+            stack(system, system, keys, lambda exchange: None, Level(), self.limiter, system), Router(system)
+        )
 
     def _routes(self) -> Routes:
         config = self.config
@@ -95,7 +111,9 @@ class App:
         routes["/health/readiness"] = routes["/readyz"]
         for path, surface in {**openai.SURFACES, **local.SURFACES}.items():
             reject = config.tools_unsupported == "reject"
-            routes[path] = {"POST": Proxy(surface, self.catalog, self.dispatcher, limits, reject_tools=reject)}
+            routes[path] = {
+                "POST": Proxy(surface, self.catalog, self.dispatcher, limits, self.limiter, reject_tools=reject)
+            }
         return routes | admin_keys.routes(self.keys)
 
     def _metrics_routes(self) -> Routes:
@@ -117,6 +135,8 @@ class App:
         """Open the control session, hear what the upstreams serve, and begin to measure. Needs the running loop."""
         if self.journal is not None:
             self.journal.start()
+        if self.store is not None:
+            await self.store.start()
         self.transport.start()
         await self.control.start()
         await self.prober.probe_due()
@@ -134,6 +154,9 @@ class App:
         self.transport.close()
         if self.journal is not None:
             await self.journal.close()
+        await self.limiter.stop()
+        if self.store is not None:  # after all that may still have something to write
+            await self.store.close()
         if self.log is not None:
             self.log.flush()
 
@@ -159,6 +182,8 @@ class App:
         found = []
         if self.journal is not None and self.journal.failing:
             found.append(f"the journal cannot be written: {self.journal.failing}")
+        if self.store is not None and self.store.trouble:
+            found.append(self.store.trouble)
         return found
 
     def _lag(self, due_at: float = 0.0) -> None:
@@ -173,6 +198,7 @@ class App:
     def _settle(self, exchange: Exchange) -> None:
         """Synchronous, once for each request, whatever became of it."""
         settle_usage(exchange)
+        self.limiter.settle(exchange)
         self.metrics.settle(exchange)
         one = record(exchange)
         self.recent.post(one)

@@ -30,6 +30,7 @@ from gateway import __version__
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
     from gateway.ledger.journal import Journal
+    from gateway.limits.limiter import Limiter
     from gateway.upstreams.upstream import Upstream
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -125,6 +126,7 @@ class Metrics(Collector):
         self.retries: Callable[[], int] = int
         self.journal: Journal | None = None
         self.log_dropped: Callable[[], int] = int
+        self.limiter: Limiter | None = None
         registry.register(self)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -205,6 +207,8 @@ class Metrics(Collector):
         yield from self._upstream_families()
         if self.journal is not None:
             yield from _journal_families(self.journal)
+        if self.limiter is not None:
+            yield from _limit_families(self.limiter)
         if self.store is not None:
             yield from self._store_families(self.store)
 
@@ -278,6 +282,24 @@ def _journal_families(journal: Journal) -> Iterator[Metric]:
     yield CounterMetricFamily("gateway_journal_errors", "Writes that the disk refused.", value=journal.errors)
     yield GaugeMetricFamily("gateway_journal_held_records", "Records that wait in memory.", value=journal.held)
     yield CounterMetricFamily("gateway_journal_lost_records", "Records lost for want of memory.", value=journal.lost)
+
+
+def _limit_families(limiter: Limiter) -> Iterator[Metric]:
+    refused = CounterMetricFamily(
+        "gateway_limit_refused", "Requests refused by a limit or a budget.", labels=["limit", "scope"]
+    )
+    for label, count in list(limiter.refused.items()):
+        refused.add_metric(list(label), count)
+    yield refused
+    observed = CounterMetricFamily(
+        "gateway_limit_observed", "Requests that an observed limit would have refused.", labels=["limit"]
+    )
+    for name, count in list(limiter.observed.items()):
+        observed.add_metric([name], count)
+    yield observed
+    yield GaugeMetricFamily(
+        "gateway_limits_degraded", "1 while the store is away and limits are kept alone.", value=int(limiter.degraded)
+    )
 
 
 def _histogram(name: str, text: str, histogram: Histogram) -> HistogramMetricFamily:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from gateway.exchange import Exchange
     from gateway.identity.keys import KeyRing
+    from gateway.limits.limiter import Limiter
     from gateway.metrics import Level
 
 Answer = Awaitable[web.StreamResponse]
@@ -37,6 +38,8 @@ def stack(
     keys: KeyRing,
     settle: Callable[[Exchange], None],
     in_flight: Level,
+    limiter: Limiter,
+    limited_elsewhere: Container[str],
 ) -> tuple[Middleware, ...]:
     """The order, outermost first. Metrics sees every answer, so that 401 and 429 are counted; errors are rendered
     before metrics reads the status; hygiene comes before auth, since a request that must not be is nobody's.
@@ -52,7 +55,7 @@ def stack(
         Errors(),
         Hygiene(routes),
         Auth(keys, open_paths),
-        RateLimit(),
+        RateLimit(limiter, limited_elsewhere),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from gateway.config.model import Config, Listen, Problem, Provider, Secret
+from gateway.limits.spec import Limit
 
 Row = tuple[str, str, str]
 
@@ -25,11 +26,19 @@ def rows(config: Config) -> list[Row]:
         if field.name == "providers" and value:
             for index, provider in enumerate(value):
                 found += _provider_rows(config, f"providers[{index}]", provider)
+        elif field.name == "limits" and value:
+            found += [(f"limits.{limit.name}", _limit_text(limit), origin) for limit in value]
         elif field.name == "api_keys" and value:
             found += [(f"api_keys.{name}", str(secret), origin) for name, secret in value]
         else:
             found.append((field.name, _text(value), origin))
     return found
+
+
+def _limit_text(limit: Limit) -> str:
+    rate = "" if limit.resource == "concurrent" else f", {limit.per_s:g} per second"
+    mode = ", only observed" if limit.observe else ""
+    return f"{limit.burst} {limit.resource.replace('_', ' ')} by {limit.scope.replace('_', ' and ')}{rate}{mode}"
 
 
 def _provider_rows(config: Config, path: str, provider: Provider) -> Iterator[Row]:

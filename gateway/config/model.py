@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from gateway.limits.spec import Limit
 from gateway.upstreams.upstream import Timeouts
 
 _KNOWN_PREFIX = re.compile(r"llmgw_|sk-|hf_|gsk_|")
@@ -164,6 +165,8 @@ class Config:
     redis_url: Secret = field(default_factory=lambda: Secret(""))  # may hold a password
     store: Literal["auto", "embedded", "off"] = "auto"
     api_keys: tuple[tuple[str, Secret], ...] = ()
+    limits: tuple[Limit, ...] = ()
+    limits_share: float = 1.0  # of each limit, what this process grants alone while the store is away
     providers: tuple[Provider, ...] = ()
     ollama_base_url: str | None = None  # native root without /api: "http://localhost:11434"
     enable_pull: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
 from gateway.config.model import Listen, Problem, Secret
+from gateway.limits.spec import Limit, SpecError, parse_limits
 from gateway.store import address
 
 LOOPBACK: Final = "127.0.0.1"
@@ -163,6 +165,19 @@ def directory(raw: object) -> Path:
         return Path(raw).expanduser()
     except RuntimeError:
         raise Refused("names a home directory that does not exist") from None
+
+
+def limits(raw: object) -> tuple[Limit, ...]:
+    """The array of limits, in JSON or as TOML has it."""
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise Refused("must be a JSON array of limits") from None
+    try:
+        return parse_limits(raw)
+    except SpecError as error:
+        raise Refused(str(error), shown="") from None
 
 
 def listen(raw: object, usual_port: int = 8700) -> Listen:

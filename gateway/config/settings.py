@@ -56,6 +56,12 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "where limits, keys and usage are shared; auto: REDIS_URL, else the embedded Valkey",
     ),
     _setting("api_keys", _many, "client keys: name=key,…", flag=False),
+    _setting("limits", parsing.limits, "JSON array of limits for all keys", flag=False),
+    _setting(
+        "limits_share",
+        parsing.number(above=0.0, most=1.0),
+        "part of each limit that this process grants while the store is away",
+    ),
     _setting("tools_unsupported", parsing.choice("strip", "reject"), "tools for a model without them"),
     _setting("max_body_bytes", parsing.whole(1, 2**40), "largest request body"),
     _setting("body_timeout_s", _seconds, "longest wait for a request body"),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
 from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
 from gateway.errors import Family
+from gateway.handlers.admission import admit
 from gateway.handlers.dispatch import Dispatcher
 from gateway.handlers.relay import relay, relay_whole
 from gateway.handlers.resolve import BodyLimits, read_body, read_now, resolve
+
+if TYPE_CHECKING:
+    from gateway.limits.limiter import Limiter
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class Surface:
 
 
 class Proxy:
-    """resolve, dispatch, relay."""
+    """resolve, admit, dispatch, relay."""
 
     def __init__(
         self,
@@ -41,6 +46,7 @@ class Proxy:
         catalog: Catalog,
         dispatcher: Dispatcher,
         limits: BodyLimits,
+        limiter: Limiter,
         *,
         reject_tools: bool = False,
     ) -> None:
@@ -48,6 +54,7 @@ class Proxy:
         self._catalog = catalog
         self._dispatcher = dispatcher
         self._limits = limits
+        self._limiter = limiter
         self._reject_tools = reject_tools
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -60,6 +67,9 @@ class Proxy:
             raw = await read_body(request, self._limits)
         exchange.request_bytes = len(raw)
         plan = resolve(exchange, request, raw, surface, self._catalog.table, reject_tools=self._reject_tools)
+        waiting = admit(self._limiter, exchange, plan)
+        if waiting is not None:
+            await waiting
         async with self._dispatcher.dispatch(exchange, plan) as reply:
             if reply.complete:
                 return relay_whole(request, exchange, reply, plan.strip_usage)

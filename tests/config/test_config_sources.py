@@ -325,7 +325,7 @@ def test_the_example_env_file_names_every_variable_with_its_default() -> None:
     shown = dict(re.findall(r"^#([A-Z_]+)=(.*)$", text, re.MULTILINE))
     assert set(shown) == {setting.variable for setting in SETTINGS} | {"GATEWAY_CONFIG"}
     defaults = {field.name: field for field in fields(Config)}
-    without_default = {"providers", "api_keys", "ollama_base_url", "data_dir", "redis_url"}
+    without_default = {"providers", "api_keys", "limits", "ollama_base_url", "data_dir", "redis_url"}
     for setting in SETTINGS:
         if setting.field not in without_default:
             default = defaults[setting.field].default

@@ -1,0 +1,49 @@
+"""admission: what a request for a model is estimated to use, asked of the limits before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Final
+
+from gateway.exchange import Exchange
+from gateway.handlers.resolve import Plan
+from gateway.ledger import prices
+from gateway.wire.body import Body
+from gateway.wire.usage import Usage
+
+if TYPE_CHECKING:
+    from gateway.limits.limiter import Limiter
+
+#: reserved for an answer whose length the request leaves open
+OUTPUT_TOKENS: Final = 1024
+#: English text and JSON run at about four bytes a token
+BYTES_PER_TOKEN: Final = 4
+
+
+def admit(limiter: Limiter, exchange: Exchange, plan: Plan) -> Awaitable[None] | None:
+    """Take what the request is estimated to need. None if that was done without waiting.
+
+    Raises RateLimited or QuotaExceeded, at once or when awaited; then nothing was taken.
+    """
+    model = plan.offers[0].model
+    entry = limiter.entry(exchange, model.name)
+    if entry is None:
+        return None
+    if entry.fixed is not None:
+        return limiter.admit(exchange, entry)
+    prompt = exchange.request_bytes // BYTES_PER_TOKEN + 1
+    completion = _output_tokens(plan.body, exchange.operation, model.context_window)
+    cost = prices.cost(Usage(prompt, completion), 0.0, model.price)
+    return limiter.admit(exchange, entry, prompt, completion, cost)
+
+
+def _output_tokens(body: Body, operation: str, window: int | None) -> int:
+    """The most the answer may have, by the request's own word or else the default; no more than the model can."""
+    if operation == "embeddings":
+        return 0
+    asked = body.max_tokens
+    if asked is None or asked <= 0:  # the runtime judges that; some take -1 for "no limit"
+        asked = OUTPUT_TOKENS
+    if window is not None:
+        asked = min(asked, window)
+    return min(asked, 10**9) * min(max(1, body.n), 128)
