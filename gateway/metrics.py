@@ -99,7 +99,7 @@ class ModelSeries:
 
 
 class StoreSeries:
-    """The series of the store. `errors` by kind: open (not asked), timeout, connection, unusable, reply."""
+    """The series of the store. `errors` by kind: StoreAway's, and reply (a script or command is wrong)."""
 
     __slots__ = ("errors", "latency", "round_trips", "up")
 

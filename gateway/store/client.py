@@ -64,7 +64,9 @@ Argument = bytes | str | int | float
 
 
 class StoreAway(Exception):
-    """The store did not answer, or would not. `kind` is a label: open, timeout, connection, unusable."""
+    """The store did not answer, or would not. `kind` is a label: open (not asked), busy (never had its turn),
+    timeout, connection, unusable (it said so).
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__(f"the store is away ({kind})")
@@ -76,13 +78,14 @@ class StoreError(Exception):
 
 
 class _Call:
-    """One call in flight. `abandoned`: nobody waits for it any more."""
+    """One call. `sent`: it had its turn on a connection. `abandoned`: nobody waits for it any more."""
 
-    __slots__ = ("abandoned", "command", "error", "result", "script")
+    __slots__ = ("abandoned", "command", "error", "result", "script", "sent")
 
     def __init__(self, command: tuple[Any, ...], script: Script | None) -> None:
         self.command = command
         self.script = script
+        self.sent = False
         self.abandoned = False
         self.result: Any = None
         self.error: Exception | None = None
@@ -225,6 +228,9 @@ class Store:
                 await asyncio.wait((task,), timeout=LATE_S)
         finally:
             call.abandoned = not task.done()
+        if call.abandoned and not call.sent:  # our own queue: it says nothing about the store
+            self._count("busy")
+            raise StoreAway("busy")
         if call.abandoned:
             raise self._failed("timeout")
         if call.error is None:
@@ -237,6 +243,7 @@ class Store:
         async with connections.slots:
             if call.abandoned:
                 return
+            call.sent = True
             began_at = monotonic()
             self.series.round_trips += 1
             try:
@@ -300,9 +307,9 @@ class Store:
                 await self._send(_Call(("SET", key, "1", "PX", 60_000), None), REQUEST_TIMEOUT_S)
         except (StoreAway, StoreError):
             return False
-        away_s = monotonic() - self._breaker.changed_at
+        away_at = self._breaker.changed_at
         if self._breaker.probed(monotonic()):
-            _log.info("the store at %s is there (after %.1f s)", self.address, away_s)
+            _log.info("the store at %s can be used, after %.1f s", self.address, monotonic() - away_at)
             self._tell(True)
         return True
 

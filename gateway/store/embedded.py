@@ -200,8 +200,9 @@ class Embedded:
         config = self.folder / "valkey.conf"
         config.write_text(configuration(self.folder, self.socket), encoding="utf-8")
         log = self.folder / "valkey.log"
-        old = log.exists() and log.stat().st_size < LOG_MAX_BYTES
-        with log.open("ab" if old else "wb") as output:
+        log.touch(mode=0o600)
+        config.chmod(0o600)
+        with log.open("ab" if log.stat().st_size < LOG_MAX_BYTES else "wb") as output:
             return await asyncio.create_subprocess_exec(
                 self._program,
                 config,
