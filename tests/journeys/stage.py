@@ -135,6 +135,7 @@ async def gateway(
 ) -> AsyncIterator[Gateway]:
     """The gateway in front of `providers`. `limited` makes further keys, by name, for the models given."""
     settings.setdefault("ledger", "data_dir" in settings)  # it is kept there
+    settings.setdefault("store", "off")  # most journeys need none, and a server for each takes its time
     config = Config(
         data_dir=settings.pop("data_dir", Path("/nonexistent")),
         listen=Listen("127.0.0.1", 0),
