@@ -27,6 +27,7 @@ from gateway.handlers.resolve import BodyLimits
 from gateway.handlers.system import Exposition, Live, Ready
 from gateway.identity.book import KeyBook
 from gateway.identity.keys import KeyRing
+from gateway.identity.shared import Shared
 from gateway.ledger.journal import Journal
 from gateway.ledger.record import Recent, record
 from gateway.limits.limiter import Limiter
@@ -74,7 +75,8 @@ class App:
         self.transport = Transport(config.upstream_idle_s)
         self.control = Control()
         self.prober = Prober(self.control, lambda: self.catalog.upstreams, self._changed)
-        self.keys = KeyBook(keys)
+        hosts = self.store if config.redis_url and config.store == "auto" else None  # the embedded one has no others
+        self.keys = KeyBook(keys, Shared(hosts) if hosts is not None else None)
         self.draining = False
         self.journal = Journal(config.data_dir / "journal") if config.ledger else None
         self.dispatcher = Dispatcher(self.transport, self.journal.open if self.journal is not None else None)

@@ -1,4 +1,4 @@
-"""The command line: `llm-gateway serve | check | keys | sim`.
+"""The command line: `llm-gateway serve | check | doctor | keys | sim`.
 
 Exit codes: 0 done, 1 could not run (port in use, data directory not writable), 2 wrong usage or configuration.
 Rooms are imported by the command that needs them, so that `check` and `--help` start at once.
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,11 @@ def _parser(command: str) -> argparse.ArgumentParser:
     _configuration_flags(check)
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(run=_check)
+
+    doctor = commands.add_parser("doctor", help="look at the store and this machine", allow_abbrev=False)
+    _configuration_flags(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
 
     keys = commands.add_parser("keys", help="make, show, rotate and revoke API keys", allow_abbrev=False)
     if command == "keys":
@@ -109,6 +115,24 @@ def _check(args: argparse.Namespace) -> int:
     else:
         print(effective_text(config))
     return OK
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from gateway import doctor
+    from gateway.config import ConfigError
+    from gateway.config.check import problems_text
+
+    try:
+        config = _load(args)
+    except ConfigError as error:
+        print(problems_text(error.problems), file=sys.stderr)
+        return WRONG
+    findings = doctor.run(config)
+    if args.json:
+        print(json.dumps({"rows": [asdict(one) for one in findings]}, indent=2, ensure_ascii=False))
+    else:
+        print(doctor.text(findings))
+    return FAILED if any(one.status == "fail" for one in findings) else OK
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -170,7 +194,11 @@ def _keys(args: argparse.Namespace) -> int:
         return _failed(str(error))
     except OSError as error:
         return _failed(f"the data directory {config.data_dir} cannot be used: {_reason(error)}")
-    return keys_cli.run(args, keyring, lambda: nullcontext(None))
+    if not config.redis_url or config.store != "auto":
+        return keys_cli.run(args, keyring, lambda: nullcontext(None))
+    from gateway.identity.shared import connected
+
+    return keys_cli.run(args, keyring, lambda: connected(config.redis_url.value))
 
 
 def _announce(text: str) -> None:

@@ -10,11 +10,13 @@ the pepper but the 256 random bits of the key it was made from; keys of the envi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Final, Literal
 
 from gateway.identity.keyfile import Kept
 from gateway.identity.records import KeyRecord, decode, encode
+from gateway.store.address import parse
 from gateway.store.client import Store, StoreAway, StoreError
 from gateway.store.scripts import Script
 
@@ -80,6 +82,17 @@ class Shared:
         except StoreError as error:
             raise ValueError(f"{self._key} cannot be written: {error}") from error
         return "done" if version else "newer"
+
+
+@asynccontextmanager
+async def connected(redis_url: str) -> AsyncIterator[Shared]:
+    """The keys in the store at this URL, for a program that asks for nothing else of it."""
+    store = Store(parse(redis_url))
+    await store.start()
+    try:
+        yield Shared(store)
+    finally:
+        await store.close()
 
 
 def _read(raw: Mapping[bytes, bytes]) -> Kept:

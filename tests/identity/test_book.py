@@ -7,8 +7,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,8 @@ from gateway.errors import GatewayError
 from gateway.identity.book import KeyBook
 from gateway.identity.keys import KeyRing
 from gateway.identity.records import KeyRecord, Previous, decode, encode, later, merged
-from gateway.identity.shared import Shared
+from gateway.identity.shared import Shared, connected
 from gateway.limits.spec import Budget, Limit
-from gateway.store.address import parse
-from gateway.store.client import Store
 from tests.store_fixtures import Server
 
 NOW = 2_000_000_000.0
@@ -38,16 +35,6 @@ class Clock:
 
 def book(data_dir: Path, shared: Shared | None = None, **more: object) -> KeyBook:
     return KeyBook(KeyRing.open(data_dir), shared, clock=Clock(), every_s=0.05, **more)  # type: ignore[arg-type]
-
-
-@asynccontextmanager
-async def connected(server: Server) -> AsyncIterator[Shared]:
-    store = Store(parse(server.url))
-    await store.start()
-    try:
-        yield Shared(store)
-    finally:
-        await store.close()
 
 
 async def until(true: Callable[[], bool], within_s: float = 5.0) -> None:
@@ -294,7 +281,7 @@ async def test_woken_it_looks_at_once(tmp_path: Path) -> None:
 async def test_hosts_that_share_a_store_share_keys_made_under_their_own_peppers(
     tmp_path: Path, store_server: Server
 ) -> None:
-    async with connected(store_server) as first, connected(store_server) as second:
+    async with connected(store_server.url) as first, connected(store_server.url) as second:
         one, other = book(tmp_path / "1", first), book(tmp_path / "2", second)
         text, made = await one.create({"name": "one", "group": "g"})
         await other.sync()
@@ -319,14 +306,14 @@ async def test_hosts_that_share_a_store_share_keys_made_under_their_own_peppers(
 
 
 async def test_a_name_is_taken_on_every_host(tmp_path: Path, valkey_server: Server) -> None:
-    async with connected(valkey_server) as first, connected(valkey_server) as second:
+    async with connected(valkey_server.url) as first, connected(valkey_server.url) as second:
         await book(tmp_path / "1", first).create({"name": "ci"})
         with pytest.raises(GatewayError, match="name of another key"):
             await book(tmp_path / "2", second).create({"name": "ci"})
 
 
 async def test_while_the_store_is_away_keys_stay_valid_and_changes_wait(tmp_path: Path, valkey_server: Server) -> None:
-    async with connected(valkey_server) as first, connected(valkey_server) as second:
+    async with connected(valkey_server.url) as first, connected(valkey_server.url) as second:
         one, other = book(tmp_path / "1", first), book(tmp_path / "2", second)
         text, made = await one.create({"name": "one"})
         await other.sync()
@@ -349,7 +336,7 @@ async def test_while_the_store_is_away_keys_stay_valid_and_changes_wait(tmp_path
 
 
 async def test_a_store_that_lost_everything_is_filled_again(tmp_path: Path, valkey_server: Server) -> None:
-    async with connected(valkey_server) as first, connected(valkey_server) as second:
+    async with connected(valkey_server.url) as first, connected(valkey_server.url) as second:
         one = book(tmp_path / "1", first)
         text, _ = await one.create({"name": "one"})
         await one.sync()
@@ -361,7 +348,7 @@ async def test_a_store_that_lost_everything_is_filled_again(tmp_path: Path, valk
 
 
 async def test_edits_of_one_key_on_two_hosts_at_once_are_all_kept(tmp_path: Path, valkey_server: Server) -> None:
-    async with connected(valkey_server) as first, connected(valkey_server) as second:
+    async with connected(valkey_server.url) as first, connected(valkey_server.url) as second:
         one, other = book(tmp_path / "1", first), book(tmp_path / "2", second)
         _, made = await one.create({"name": "ci"})
         await other.sync()
@@ -377,7 +364,7 @@ async def test_edits_of_one_key_on_two_hosts_at_once_are_all_kept(tmp_path: Path
 
 
 async def test_no_text_of_a_key_is_in_the_store_or_on_disk(tmp_path: Path, valkey_server: Server) -> None:
-    async with connected(valkey_server) as shared:
+    async with connected(valkey_server.url) as shared:
         here = book(tmp_path, shared)
         text, made = await here.create({"name": "ci"})
         again, _ = await here.rotate(made.id, 60.0)

@@ -1,0 +1,134 @@
+"""`llm-gateway keys` as an operator meets it: real processes, on the data directory and on a store."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gateway
+from gateway.identity.keys import KeyRing
+from tests.store_fixtures import Server
+
+NOW = 2_000_000_000.0
+
+
+def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environ = {
+        "HOME": str(folder),
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(gateway.__file__).parents[1]),
+        "GATEWAY_DATA_DIR": str(folder / "data"),
+    }
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "gateway", "keys", *arguments],
+        cwd=folder, env=environ | variables, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+
+
+def ran(folder: Path, *arguments: str, **variables: str) -> Any:
+    done = run(folder, *arguments, "--json", **variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    return json.loads(done.stdout)
+
+
+def works(folder: Path, key: str) -> bool:
+    return KeyRing.open(folder / "data").authenticate(key, NOW) is not None
+
+
+def test_create_show_rotate_and_revoke(tmp_path: Path) -> None:
+    made = ran(
+        tmp_path, "create", "ci", "--group", "team", "--role", "admin", "--model", "a", "--model", "b",
+        "--limit", '{"resource": "requests", "burst": 5, "per_min": 6}',
+        "--budget", '{"amount": 5, "period": "month"}', "--expires", "5200w", "--metadata", "owner=me=you",
+    )  # fmt: skip
+    key = made.pop("key")
+    assert works(tmp_path, key)
+    assert (made["group"], made["roles"], made["models"]) == ("team", ["admin"], ["a", "b"])
+    assert (made["limits"][0]["burst"], made["budget"]["period"]) == (5, "month")
+    assert made["metadata"] == {"owner": "me=you"}
+    assert ran(tmp_path, "list") == {"rows": [made]}
+    assert ran(tmp_path, "show", "ci") == ran(tmp_path, "show", made["id"]) == made
+    again = ran(tmp_path, "rotate", "ci", "--overlap", "0s")["key"]
+    assert (works(tmp_path, key), works(tmp_path, again)) == (False, True)
+    assert ran(tmp_path, "revoke", made["id"])["status"] == "revoked"
+    assert not works(tmp_path, again)
+
+
+def test_what_people_read_shows_the_text_once(tmp_path: Path) -> None:
+    made = run(tmp_path, "create", "ci")
+    (key,) = re.findall(r"(?m)^    (llmgw_\S+)$", made.stdout)
+    assert works(tmp_path, key)
+    shown = [run(tmp_path, *words).stdout for words in (["list"], ["show", "ci"], ["revoke", "ci"], ["list"])]
+    assert all(key[:16] not in text or key.split("_")[2] not in text for text in shown)
+    assert shown[0].splitlines()[0].split() == [
+        "id", "name", "status", "group", "roles", "models", "expires_at", "created_at",
+    ]  # fmt: skip
+    assert shown[0].splitlines()[1].split()[:6] == [key[6:16], "ci", "active", "-", "-", "all"]
+    assert "revoked" in shown[3]
+
+
+WRONG = [
+    (["create", "a b"], "`name` must be 1 to 64"),
+    (["create", "x", "--role", "admn"], "valid: admin"),
+    (["create", "x", "--limit", "{"], "`--limit` must be JSON"),
+    (["create", "x", "--limit", '{"resource": "request"}'], "`limits[0].resource` must be one of requests"),
+    (["create", "x", "--expires", "soon"], "`expires_at` must be null, a duration"),
+    (["create", "x", "--metadata", "novalue"], "`--metadata` must be KEY=TEXT"),
+    (["show", "nonesuch"], "there is no key with this id"),
+    (["revoke", "nonesuch"], "there is no key with this id"),
+    (["rotate", "nonesuch"], "there is no key with this id"),
+    (["rotate", "nonesuch", "--overlap", "1"], "`--overlap` must be a whole number with a unit"),
+]
+
+
+@pytest.mark.parametrize(("words", "told"), WRONG)
+def test_wrong_usage_is_one_line_and_changes_nothing(tmp_path: Path, words: list[str], told: str) -> None:
+    done = run(tmp_path, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("llm-gateway: ")
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "data" / "keys.json").exists()
+
+
+def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "keys.json").write_text("{")
+    (tmp_path / "data" / "keys.json").chmod(0o600)
+    done = run(tmp_path, "list")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "is damaged" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_keys_of_the_environment_are_listed_and_masked(tmp_path: Path) -> None:
+    done = run(tmp_path, "list", "--json", GATEWAY_API_KEYS="alice=a-key-of-the-environment")
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["id"], row["origin"]) == ("env:alice", "environment")
+    assert "a-key-of" not in done.stdout + done.stderr
+
+
+def test_two_hosts_with_one_store(tmp_path: Path, valkey_server: Server) -> None:
+    for host in ("one", "two"):
+        (tmp_path / host).mkdir()
+    made = ran(tmp_path / "one", "create", "ci", REDIS_URL=valkey_server.url)
+    rows = ran(tmp_path / "two", "list", REDIS_URL=valkey_server.url)["rows"]
+    assert [row["id"] for row in rows] == [made["id"]]
+    assert works(tmp_path / "two", made["key"])
+    ran(tmp_path / "two", "revoke", "ci", REDIS_URL=valkey_server.url)
+    assert ran(tmp_path / "one", "show", made["id"], REDIS_URL=valkey_server.url)["status"] == "revoked"
+
+
+def test_a_store_that_is_away_is_said_and_the_key_is_made(tmp_path: Path) -> None:
+    done = run(tmp_path, "create", "ci", "--json", REDIS_URL=f"unix://{tmp_path}/nobody")
+    assert done.returncode == 0
+    assert "is away" in done.stderr
+    assert "other hosts learn of this when it is back" in done.stderr
+    assert works(tmp_path, json.loads(done.stdout)["key"])
