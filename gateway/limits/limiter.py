@@ -224,8 +224,10 @@ class Limiter:
         bucket.in_use -= slots
         if self._shared is None or not self._shared.up:
             return
-        if bucket.loan + slots <= bucket.want(1) and monotonic() < bucket.held_until:
+        if bucket.loan < bucket.loan_max and monotonic() < bucket.held_until:
             bucket.loan += slots
+        elif bucket.loan_max:
+            self._shared.owe(bucket)
         else:
             self._shared.hurry(bucket)
 

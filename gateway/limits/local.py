@@ -45,6 +45,7 @@ class Bucket:
         "limit",
         "loan",
         "loan_max",
+        "need",
         "owed",
         "rules",
         "sent",
@@ -78,6 +79,7 @@ class Bucket:
         self.held_until = 0.0
         self.asked_at = 0.0  # when the store was last told what is held
         self.used_at = 0.0
+        self.need = 0  # of the last request that asked the store
         self.owed = 0  # charges the store has not been told of
         self.sent = 0  # charges it may not have heard: told again under the same number
         self.seq = 0

@@ -144,9 +144,12 @@ class Shared:
                 largest[bucket.key] = max(largest.get(bucket.key, 0), amount)
         args: list[Any] = [self._process, int(LOAN_S * 1e6)]
         for bucket in buckets.values():
-            args += _told(
-                bucket, bucket.want(largest[bucket.key]) if lend and bucket.key in largest else 0, now, self._part
-            )
+            need = largest.get(bucket.key, 0)
+            if need:
+                bucket.need = need
+            elif lend and now - bucket.used_at < IDLE_S:
+                need = bucket.need  # it is in use, and only told something else
+            args += _told(bucket, bucket.want(need) if need else 0, now, self._part)
         args.append(len(batch))
         for ask in batch:
             args.append(len(ask.needs))
