@@ -4,6 +4,7 @@ Rooms
     cli, __main__   the command line; imports what a command needs, when it needs it
     config          environment, .env, TOML and flags -> a frozen Config, or every problem at once
     welcome, detect the first run: look for runtimes on this machine, or bring the simulated engine; the greeting
+    doctor          what is wrong with this machine and with the store
     server          listeners, one client connection (aiohttp's protocol, adapted), signals, drain
     app             composition root: makes every room and joins them; the only module that knows them all
     exchange        Exchange: the one record a request carries from its first byte to its last
@@ -13,6 +14,7 @@ Rooms
     catalog         providers, models, aliases -> an immutable route Table, swapped whole
     identity        principals (who may do what), keys (made, hashed, looked up)
     ledger          the record of each request
+    store           what gateways share, behind the Redis protocol: Redis, Valkey, or the embedded Valkey
     wire            SANS-IO: request bodies, headers, SSE, NDJSON, the token meter
     runtimes        what differs between vLLM, llama.cpp, Ollama, LocalAI, LiteLLM, LM Studio: data
     upstreams       one upstream address (load, health); transport: prompts and answers; control: probes, management
@@ -22,7 +24,8 @@ Rooms
 
 Imports go downwards; tests/test_imports.py holds the table and fails on a breach. `wire`, `errors`, `exchange`,
 `runtimes` and `upstreams.policies` are pure: no I/O, no clock. Bytes reach runtimes through `upstreams.transport`
-only, aiohttp's ClientSession lives in `upstreams.control` only, prometheus_client in `metrics` and `app`.
+only, aiohttp's ClientSession lives in `upstreams.control` only, prometheus_client in `metrics` and `app`,
+redis in `store`.
 
 The way of a request
     server -> middleware (metrics, errors, hygiene, auth, rate limit) -> app.Router -> handlers.proxy.Proxy:

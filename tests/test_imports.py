@@ -62,7 +62,10 @@ ROOMS: dict[str, frozenset[str]] = {
     "app": ANY,
     "welcome": frozenset({"catalog", "config", "detect", "identity", "upstreams", "runtimes", "sim", "errors"}),
     "server": frozenset({"app", "answer", "config", "identity", "log", "errors", "welcome"}),
-    "cli": frozenset({"app", "server", "config", "errors", "identity", "detect", "catalog", "ledger", "sim", "log"}),
+    "cli": frozenset(
+        {"app", "server", "config", "doctor", "errors", "identity", "detect", "catalog", "ledger", "sim", "log"}
+    ),
+    "doctor": frozenset({"config", "server", "store", "errors"}),
     "__main__": frozenset({"cli"}),
 }
 

@@ -172,6 +172,7 @@ class Embedded:
     async def _take_lock(self) -> None:
         if self._lock >= 0:
             return
+        self.folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _private(self.folder)
         lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
