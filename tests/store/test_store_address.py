@@ -7,6 +7,9 @@ import pytest
 from gateway.store.address import Address, parse
 
 
+VERIFIED = {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
+
+
 @pytest.mark.parametrize(
     ("url", "address"),
     [
@@ -21,7 +24,10 @@ from gateway.store.address import Address, parse
             "redis+sentinel://:p@a,b:1/main/4?sentinel_password=q",
             Address("sentinel", (("a", 26379), ("b", 1)), master="main", db=4, password="p", sentinel_password="q"),
         ),
-        ("rediss://h", Address("single", (("h", 6379),), tls={"ssl_cert_reqs": "required", "ssl_check_hostname": True})),
+        (
+            "rediss://h",
+            Address("single", (("h", 6379),), tls={"ssl_cert_reqs": "required", "ssl_check_hostname": True}),
+        ),
         (
             "rediss+cluster://h?ssl_cert_reqs=none&ssl_ca_certs=/ca",
             Address(
