@@ -12,6 +12,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from gateway.admin import keys as admin_keys
+from gateway.admin import usage as admin_usage
 from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
 from gateway.config import Config
@@ -30,6 +31,7 @@ from gateway.identity.keys import KeyRing
 from gateway.identity.shared import Shared
 from gateway.ledger.journal import Journal
 from gateway.ledger.record import Recent, record
+from gateway.ledger.shipper import Shipper
 from gateway.limits.limiter import Limiter
 from gateway.log import RequestLog
 from gateway.metrics import Level, Metrics
@@ -82,6 +84,7 @@ class App:
         self.dispatcher = Dispatcher(self.transport, self.journal.open if self.journal is not None else None)
         self.metrics.retries = lambda: self.dispatcher.retries
         self.metrics.journal = self.journal
+        self.shipper = Shipper(self.journal, self.store) if self.journal is not None else None
         self._lag_timer: asyncio.TimerHandle | None = None
         routes = self._routes()
         self.handle = compose(
@@ -116,7 +119,10 @@ class App:
             routes[path] = {
                 "POST": Proxy(surface, self.catalog, self.dispatcher, limits, self.limiter, reject_tools=reject)
             }
-        return routes | admin_keys.routes(self.keys)
+        routes |= admin_keys.routes(self.keys)
+        if self.journal is not None:
+            routes |= admin_usage.routes(self.journal.root, self.store)
+        return routes
 
     def _metrics_routes(self) -> Routes:
         return {
@@ -145,6 +151,8 @@ class App:
         self.catalog.rebuild()
         self.prober.start()
         await self.keys.start()
+        if self.shipper is not None:
+            self.shipper.start()
         self._lag()
 
     async def stop(self) -> None:
@@ -156,6 +164,8 @@ class App:
         self.transport.close()
         if self.journal is not None:
             await self.journal.close()
+        if self.shipper is not None:
+            await self.shipper.stop()
         await self.limiter.stop()
         if self.store is not None:  # after all that may still have something to write
             await self.store.close()

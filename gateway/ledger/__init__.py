@@ -5,6 +5,9 @@
 - `frames`    how a journal looks on disk
 - `journal`   the local account of this process's requests, which survives its end
 - `recovery`  reading journals, and ending those whose process is gone
+- `totals`    sums over records; pure
+- `shipper`   from the journals into the store, each record exactly once
+- `report`    reading: sums over a window, the story of one request
 
 May import store, wire, exchange and errors.
 """

@@ -95,6 +95,10 @@ def segment_of(place: int) -> int:
     return place >> 32
 
 
+def offset_of(place: int) -> int:
+    return place & 0xFFFFFFFF
+
+
 def segments(folder: Path) -> list[tuple[int, Path]]:
     """The segments of a journal by number. Empty if the folder is gone."""
     try:

@@ -60,20 +60,21 @@ def entries(folder: Path, after: int = 0, damaged: Damaged | None = None) -> Ite
     for number, path in found:
         if number < frames.segment_of(after):
             continue
+        start = frames.offset_of(after) if number == frames.segment_of(after) else 0
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                file.seek(start)
+                data = file.read()
         except FileNotFoundError:
             continue
         for part in frames.unpack(data):
             if isinstance(part, frames.Damage):
                 newest = number == found[-1][0]
                 if damaged is not None and not (part.tail and newest):
-                    damaged.places.append(f"{path.name} at byte {part.at}: {part.length} bytes")
+                    damaged.places.append(f"{path.name} at byte {start + part.at}: {part.length} bytes")
                     damaged.skipped_bytes += part.length
                 continue
-            place = frames.position(number, part.end)
-            if place > after:
-                yield Entry(place, part.kind, part.payload)
+            yield Entry(frames.position(number, start + part.end), part.kind, part.payload)
 
 
 def decode(payload: bytes) -> Record:
@@ -193,13 +194,15 @@ class Adopted:
             _log.error("the journal %s is damaged: %s could not be read", self.folder.name, place)
 
     def release(self) -> None:
-        """Give up the lock and keep the journal."""
-        os.close(self._lock_fd)
+        """Give up the lock and keep the journal, if it is still there."""
+        lock_fd, self._lock_fd = self._lock_fd, -1
+        if lock_fd >= 0:
+            os.close(lock_fd)
 
     def remove(self) -> None:
         """Everything in it is elsewhere."""
         shutil.rmtree(self.folder)
-        os.close(self._lock_fd)
+        self.release()
 
 
 def adopt(root: Path) -> Iterator[Adopted]:

@@ -1,0 +1,335 @@
+"""Shipper: moves records from journals into the store, each exactly once.
+
+A batch and the position it ends at are one script: the sums, the raw records and the journal's mark change together or
+not at all, and only if the mark is where the batch begins. So whatever is sent again after a doubt (an answer that did
+not come, a process that died) is refused by the store, which says where to go on.
+
+A segment is deleted when everything in it has been in the store for `GRACE_S` and the mark is still there: a store that
+syncs its append-only file every second has it on disk by then; one that forgot its last seconds gets them again.
+(WAITAOF answers for the writes of one connection, and calls here share a pool, so it could not tell.)
+
+While the store is away everything waits on disk; memory holds one batch. Without a store only what dead processes left
+behind is ended, and the journals are the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from gateway.ledger import frames
+from gateway.ledger.recovery import GATEWAY_ENDED, Adopted, adopt, decode, entries
+from gateway.ledger.totals import DAY_S, SUMS, Place, Sums, Totals, add, merge
+from gateway.store.client import StoreAway
+from gateway.store.scripts import Script
+
+if TYPE_CHECKING:
+    from gateway.ledger.journal import Journal
+    from gateway.ledger.record import Record
+    from gateway.store.client import Store
+
+_log = logging.getLogger("gateway.ledger")
+
+BATCH: Final = 250
+SHIP_EVERY_S: Final = 0.25
+ADOPT_EVERY_S: Final = 10.0
+GRACE_S: Final = 5.0
+CALL_S: Final = 5.0
+STREAM_MAX: Final = 100_000  # raw records kept
+HOURS_KEPT_S: Final = 100 * DAY_S
+SEPARATOR: Final = "\x1f"
+
+#: KEYS: marks, stream, hours, days. ARGV: journal, mark expected, mark after, stream length, seconds hours are kept,
+#: number of hours, number of sums, then (index of key, field, amount) for each, then the raw records.
+SHIP: Final = Script(
+    "ship",
+    """
+local mark = redis.call('HGET', KEYS[1], ARGV[1]) or '0'
+if mark ~= ARGV[2] then return mark end
+local at = 8
+for _ = 1, tonumber(ARGV[7]) do
+  redis.call('HINCRBY', KEYS[tonumber(ARGV[at])], ARGV[at + 1], ARGV[at + 2])
+  at = at + 3
+end
+for i = 3, 2 + tonumber(ARGV[6]) do redis.call('EXPIRE', KEYS[i], ARGV[5]) end
+for i = at, #ARGV do redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'r', ARGV[i]) end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
+return ARGV[3]
+""",
+)
+
+
+class Batch(NamedTuple):
+    """Records of a journal; `end` is the position behind the last, `read` that up to which there is no other."""
+
+    payloads: list[bytes]
+    records: list[Record]
+    end: int
+    read: int
+
+
+def marks_key(store: Store) -> str:
+    return store.key("usage", "marks")
+
+
+def records_key(store: Store) -> str:
+    return store.key("usage", "records")
+
+
+def hour_key(store: Store, at: int) -> str:
+    return store.key("usage", "hour", str(at))
+
+
+def day_key(store: Store, at: int) -> str:
+    return store.key("usage", "day", str(at))
+
+
+def field_of(place: Place, name: str) -> str:
+    return SEPARATOR.join((place.key, place.group, place.model, place.provider, place.upstream, name))
+
+
+class _Source:
+    """A journal on its way into the store. `read`: nothing before it is left to ship."""
+
+    def __init__(self, folder: Path, adopted: Adopted | None = None) -> None:
+        self.folder = folder
+        self.adopted = adopted
+        self.mark = -1  # the store's; -1: to be asked
+        self.read = 0
+        self.first = 1  # the oldest segment that may still be there
+        self.passed: tuple[int, float] = (0, 0.0)  # a position that was shipped, and since when (monotonic)
+
+
+class Shipper:
+    """Ships this process's journal, and those of processes that are gone. `start` needs the running loop."""
+
+    def __init__(self, journal: Journal, store: Store | None, *, grace_s: float = GRACE_S) -> None:
+        self._journal = journal
+        self._store = store
+        self._grace_s = grace_s
+        self._own = _Source(journal.folder)
+        self._adopted: list[_Source] = []
+        self._adopt_at = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self.shipped = 0  # records
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="ledger shipper")
+
+    async def stop(self) -> None:
+        """Ship what is left, if the store is there. Call it when the journal is closed."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            if self._store is not None and self._store.up:
+                await self._ship_quietly(self._own)
+        for source in self._adopted:
+            assert source.adopted is not None
+            source.adopted.release()
+        self._adopted.clear()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._round()
+            except StoreAway as error:
+                _log.info("records wait in the journal: %s", error)
+            except Exception as error:  # the next round begins anew; nothing is deleted that was not shipped
+                _log.error("the ledger could not be shipped: %s: %s", type(error).__name__, error)
+                await asyncio.sleep(1.0)
+            await asyncio.sleep(SHIP_EVERY_S)
+
+    async def _round(self) -> None:
+        now = monotonic()
+        if now >= self._adopt_at:
+            self._adopt_at = now + ADOPT_EVERY_S
+            for adopted in await asyncio.to_thread(_adopt, self._journal.root):
+                self._adopted.append(_Source(adopted.folder, adopted))
+        if self._store is None or not self._store.up:
+            return
+        if self._journal.position != self._own.read:
+            await self._ship(self._own)
+        await self._truncate(self._own)
+        for source in list(self._adopted):
+            await self._ship(source)
+            if await self._remove(source):
+                self._adopted.remove(source)
+
+    async def _ship_quietly(self, source: _Source) -> None:
+        with contextlib.suppress(StoreAway, OSError):  # it is on disk: the next start ships it
+            await self._ship(source)
+
+    async def _ship(self, source: _Source) -> None:
+        """Everything the journal holds now."""
+        store = self._store
+        assert store is not None
+        if source.mark < 0:
+            mark = await store.call("HGET", marks_key(store), source.folder.name, timeout_s=CALL_S)
+            source.mark = source.read = int(mark or 0)
+        while True:
+            batch = await asyncio.to_thread(read_batch, source.folder, source.read)
+            if not batch.payloads:
+                source.read = batch.read
+                return
+            if source.adopted is not None:
+                batch = await self._unknown(batch)
+            try:
+                mark = int(
+                    await store.run(SHIP, *shipment(store, source.folder.name, source.mark, batch), timeout_s=CALL_S)
+                )
+            except StoreAway:
+                source.mark = -1  # it may have run
+                raise
+            if mark == batch.end:
+                self.shipped += len(batch.payloads)
+                source.mark, source.read = mark, batch.read
+            else:
+                source.mark = source.read = mark
+
+    async def _unknown(self, batch: Batch) -> Batch:
+        """The batch without recovered records whose request has one in the store already: its own was shipped before
+        the file that held it was damaged.
+        """
+        recovered = {one.request_id for one in batch.records if one.error == GATEWAY_ENDED}
+        if not recovered:
+            return batch
+        assert self._store is not None
+        known = set()
+        async for _, payload in newest(self._store):
+            record = decode(payload)
+            if record.request_id in recovered:
+                known.add(record.request_id)
+        kept = [pair for pair in zip(batch.payloads, batch.records, strict=True) if pair[1].request_id not in known]
+        return Batch([one for one, _ in kept], [one for _, one in kept], batch.end, batch.read)
+
+    async def _settled(self, source: _Source) -> bool:
+        """Whether what was shipped at `passed` has been in the store for the grace time, and still is."""
+        now = monotonic()
+        place, since = source.passed
+        if not since or source.read < place:
+            source.passed = (source.read, now)
+            return False
+        if now - since < self._grace_s:
+            return False
+        assert self._store is not None
+        mark = await self._store.call("HGET", marks_key(self._store), source.folder.name, timeout_s=CALL_S)
+        if int(mark or 0) != source.mark:
+            _log.warning("the store has forgotten records; they are shipped again from the journal")
+            source.mark = -1
+            source.passed = (0, 0.0)
+            return False
+        return True
+
+    async def _truncate(self, source: _Source) -> None:
+        """Delete the segments before the one that is read now."""
+        place = source.passed[0]
+        if frames.segment_of(source.read) <= source.first:
+            return
+        if not await self._settled(source):
+            return
+        source.passed = (0, 0.0)
+        source.first = frames.segment_of(place)
+        for number, path in await asyncio.to_thread(frames.segments, source.folder):
+            if number < source.first:
+                path.unlink()
+
+    async def _remove(self, source: _Source) -> bool:
+        if not await self._settled(source):
+            return False
+        assert source.adopted is not None
+        assert self._store is not None
+        await asyncio.to_thread(source.adopted.remove)
+        await self._store.call("HDEL", marks_key(self._store), source.folder.name, timeout_s=CALL_S)
+        return True
+
+
+def _adopt(root: Path) -> list[Adopted]:
+    found = []
+    for adopted in adopt(root):
+        try:
+            adopted.finish()
+        except OSError as error:
+            _log.error("the journal %s cannot be recovered now: %s", adopted.folder.name, error)
+            adopted.release()
+        else:
+            found.append(adopted)
+    return found
+
+
+def read_batch(folder: Path, after: int, limit: int = BATCH) -> Batch:
+    """The next records of a journal."""
+    payloads: list[bytes] = []
+    records: list[Record] = []
+    end = read = after
+    for entry in entries(folder, after):
+        read = entry.position
+        if entry.kind != frames.FINAL:
+            continue
+        end = read
+        try:
+            record = decode(entry.payload)
+        except msgspec.DecodeError as error:  # one that cannot be read must not hold up all that follow
+            _log.error("a record in %s cannot be understood and is left out: %s", folder.name, error)
+            continue
+        payloads.append(entry.payload)
+        records.append(record)
+        if len(payloads) == limit:
+            break
+    return Batch(payloads, records, end, read)
+
+
+def shipment(store: Store, journal: str, mark: int, batch: Batch) -> tuple[list[str], list[str | bytes | int]]:
+    """Keys and arguments of SHIP."""
+    hours: Totals = {}
+    for record in batch.records:
+        add(hours, record)
+    days: Totals = {}
+    for place, sums in hours.items():
+        merge(days, place._replace(at=place.at // DAY_S * DAY_S), sums)
+    keys = [marks_key(store), records_key(store)]
+    indexes: dict[str, int] = {}
+    increments: list[str | bytes | int] = []
+    count = 0
+    hours_count = 0
+    for name, totals in ((hour_key, hours), (day_key, days)):
+        for place, sums in totals.items():
+            key = name(store, place.at)
+            if key not in indexes:
+                keys.append(key)
+                indexes[key] = len(keys)
+            for field, amount in sums.items():
+                increments += (indexes[key], field_of(place, field), amount)
+                count += 1
+        if name is hour_key:
+            hours_count = len(indexes)
+    head: list[str | bytes | int] = [journal, mark, batch.end, STREAM_MAX, HOURS_KEPT_S, hours_count, count]
+    return keys, [*head, *increments, *batch.payloads]
+
+
+def sums_of(at: int, fields: Sequence[bytes]) -> dict[Place, Sums]:
+    """A hash of sums, as HGETALL gives it flat, understood."""
+    found: dict[Place, Sums] = {}
+    for field, amount in zip(fields[::2], fields[1::2], strict=True):
+        *labels, name = field.decode().split(SEPARATOR)
+        if name in SUMS and len(labels) == 5:
+            found.setdefault(Place(at, *labels), {})[name] = int(amount)
+    return found
+
+
+async def newest(store: Store, chunk: int = 1000) -> AsyncIterator[tuple[bytes, bytes]]:
+    """(id, record as JSON) of the raw records in the store, newest first."""
+    last = "+"
+    while True:
+        found = await store.call("XREVRANGE", records_key(store), last, "-", "COUNT", chunk, timeout_s=CALL_S)
+        for name, fields in found:
+            yield name, fields[b"r"]
+        if len(found) < chunk:
+            return
+        last = "(" + found[-1][0].decode()
