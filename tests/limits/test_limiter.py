@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from gateway.errors import QuotaExceeded, RateLimited
+from gateway.errors import QuotaExceeded, RateLimited, render
 from gateway.identity.principals import Principal
 from gateway.limits import redis
 from gateway.limits.limiter import Limiter, period_of, reset_text
@@ -119,6 +120,8 @@ async def test_what_a_refusal_says() -> None:
     assert 800 <= int(told["x-ratelimit-remaining-tokens"]) <= 802
     assert told["x-ratelimit-reset-tokens"] == "2s"
     assert limiter.refused == {("r", "key"): 1}
+    assert json.loads(render(error, "ollama")) == {"error": error.message}
+    assert json.loads(render(error, "anthropic"))["error"] == {"type": "rate_limit_error", "message": error.message}
 
 
 @pytest.mark.parametrize(
