@@ -27,6 +27,7 @@ from gateway.handlers.relay import settle_usage
 from gateway.handlers.resolve import BodyLimits
 from gateway.handlers.system import Exposition, Live, Ready
 from gateway.identity.book import KeyBook
+from gateway.identity.failures import Failures
 from gateway.identity.keys import KeyRing
 from gateway.identity.shared import Shared
 from gateway.ledger.journal import Journal
@@ -86,15 +87,17 @@ class App:
         self.metrics.journal = self.journal
         self.shipper = Shipper(self.journal, self.store) if self.journal is not None else None
         self._lag_timer: asyncio.TimerHandle | None = None
+        failures = Failures(config.auth_failures_per_min)
+        self.metrics.auth_failures = failures.counts
         routes = self._routes()
         self.handle = compose(
-            stack(routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight, self.limiter, UNLIMITED),
+            stack(routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight, self.limiter, UNLIMITED, failures),
             Router(routes),
         )
         # Loopback and open: a scrape is no use of the product, so it is not counted, and Prometheus holds no key.
         system = self._metrics_routes()
         self.handle_metrics = compose(
-            stack(system, system, keys, lambda exchange: None, Level(), self.limiter, system), Router(system)
+            stack(system, system, keys, lambda exchange: None, Level(), self.limiter, system, failures), Router(system)
         )
 
     def _routes(self) -> Routes:

@@ -127,6 +127,7 @@ class Metrics(Collector):
         self.journal: Journal | None = None
         self.log_dropped: Callable[[], int] = int
         self.limiter: Limiter | None = None
+        self.auth_failures: dict[str, int] = {}  # by reason
         registry.register(self)
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
@@ -190,6 +191,12 @@ class Metrics(Collector):
         yield GaugeMetricFamily(
             "gateway_requests_in_flight", "Requests being answered now.", value=self.in_flight.value
         )
+        refused = CounterMetricFamily(
+            "gateway_auth_failures", "Requests refused for want of a valid key.", labels=["reason"]
+        )
+        for reason, count in self.auth_failures.items():
+            refused.add_metric([reason], count)
+        yield refused
         yield CounterMetricFamily(
             "gateway_upstream_retries", "Requests sent again because an upstream failed before it answered.",
             value=self.retries(),

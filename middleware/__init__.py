@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Container
 
     from gateway.exchange import Exchange
+    from gateway.identity.failures import Failures
     from gateway.identity.keys import KeyRing
     from gateway.limits.limiter import Limiter
     from gateway.metrics import Level
@@ -40,6 +41,7 @@ def stack(
     in_flight: Level,
     limiter: Limiter,
     limited_elsewhere: Container[str],
+    failures: Failures,
 ) -> tuple[Middleware, ...]:
     """The order, outermost first. Metrics sees every answer, so that 401 and 429 are counted; errors are rendered
     before metrics reads the status; hygiene comes before auth, since a request that must not be is nobody's.
@@ -54,7 +56,7 @@ def stack(
         Metrics(routes, settle, in_flight),
         Errors(),
         Hygiene(routes),
-        Auth(keys, open_paths),
+        Auth(keys, open_paths, failures),
         RateLimit(limiter, limited_elsewhere),
     )
 

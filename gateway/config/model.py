@@ -165,6 +165,7 @@ class Config:
     redis_url: Secret = field(default_factory=lambda: Secret(""))  # may hold a password
     store: Literal["auto", "embedded", "off"] = "auto"
     api_keys: tuple[tuple[str, Secret], ...] = ()
+    auth_failures_per_min: int = 10  # wrong keys from one address, twice as many at once; 0 is no limit
     limits: tuple[Limit, ...] = ()
     limits_share: float = 1.0  # of each limit, what this process grants alone while the store is away
     providers: tuple[Provider, ...] = ()

@@ -56,6 +56,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "where limits, keys and usage are shared; auto: REDIS_URL, else the embedded Valkey",
     ),
     _setting("api_keys", _many, "client keys: name=key,…", flag=False),
+    _setting("auth_failures_per_min", parsing.whole(0, 100_000), "wrong keys an address may send a minute; 0 is any"),
     _setting("limits", parsing.limits, "JSON array of limits for all keys", flag=False),
     _setting(
         "limits_share",

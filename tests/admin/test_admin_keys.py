@@ -281,12 +281,15 @@ async def followed(admin: Admin, other: Gateway, within_s: float = 5.0) -> None:
 
 
 async def test_a_second_gateway_on_the_same_directory_follows(admin: Admin, tmp_path: Path) -> None:
-    async with SimServer() as sim, gateway(provider("one", sim.url), data_dir=tmp_path) as other:
+    async with (
+        SimServer() as sim,
+        gateway(provider("one", sim.url), data_dir=tmp_path, auth_failures_per_min=0) as other,
+    ):
         await followed(admin, other)
 
 
 async def test_a_second_gateway_on_the_same_store_follows(tmp_path: Path, valkey_server: Server) -> None:
-    shared = {"store": "auto", "redis_url": Secret(valkey_server.url)}
+    shared: dict[str, Any] = {"auth_failures_per_min": 0, "store": "auto", "redis_url": Secret(valkey_server.url)}
     async with (
         SimServer() as sim,
         gateway(provider("one", sim.url), data_dir=tmp_path / "1", **shared) as here,

@@ -23,7 +23,9 @@ async def sim() -> AsyncIterator[SimServer]:
 @pytest.fixture
 async def here(sim: SimServer) -> AsyncIterator[Gateway]:
     models = [Model("sim", "sim", aliases=("gpt-4o",)), Model("deep", "deep", aliases=("d",))]
-    async with gateway(provider("one", sim.url, models=models), limited={"few": frozenset({"sim"})}) as one:
+    async with gateway(
+        provider("one", sim.url, models=models), limited={"few": frozenset({"sim"})}, auth_failures_per_min=0
+    ) as one:
         yield one
 
 
