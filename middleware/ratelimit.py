@@ -22,7 +22,7 @@ class RateLimit:
 
     def __call__(self, request: web.BaseRequest, handler: Handler) -> Answer:
         exchange = request[EXCHANGE]
-        if exchange.path in self._elsewhere or exchange.route.startswith("/admin/"):  # who sets limits is not shut out
+        if exchange.path in self._elsewhere or exchange.path.startswith("/admin/"):  # who sets limits is not shut out
             return handler(request)
         entry = self._limiter.entry(exchange, "")
         if entry is None:

@@ -47,6 +47,7 @@ class KeyRing:
         "_by_id",
         "_configured_by_id",
         "_mac",
+        "_macs",
         "_nobody",
         "_peppers",
         "_proven",
@@ -68,6 +69,7 @@ class KeyRing:
         self._peppers: dict[str, bytes] = {self.own_pepper: pepper}
         # A keyed hash to copy: half the cost of setting the key up for each request.
         self._mac = hmac.new(pepper, digestmod="sha256")
+        self._macs = {self.own_pepper: self._mac}
         #: stands in for an unknown key, so that it costs the same hash and the same comparison
         self._nobody = _Entry(self._mac, ((bytes(32), None),))
         self._by_id: dict[bytes, _Entry] = {}
@@ -158,17 +160,24 @@ class KeyRing:
 
     def load(self, kept: Kept) -> None:
         """Hold these records instead of those before. Keys of the environment stay."""
-        for id, pepper in kept.peppers.items():
-            self._peppers.setdefault(id, pepper)
-        macs = {id: hmac.new(pepper, digestmod="sha256") for id, pepper in self._peppers.items()}
+        unchanged: Records = self.records
+        if not self._macs.keys() >= kept.peppers.keys():
+            unchanged = {}
+            for id, pepper in kept.peppers.items():
+                self._peppers.setdefault(id, pepper)
+                self._macs.setdefault(id, hmac.new(pepper, digestmod="sha256"))
         by_id = dict(self._configured_by_id)
         for record in kept.records.values():
-            mac = macs.get(record.pepper or self.own_pepper)
+            key = record.id.encode()
+            if unchanged.get(record.id) is record and key in self._by_id:
+                by_id[key] = self._by_id[key]
+                continue
+            mac = self._macs.get(record.pepper or self.own_pepper)
             if mac is None or record.revoked_at is not None:
                 continue
             now = record.principal()
             before = ((bytes.fromhex(old.digest), record.principal(old.valid_until)) for old in record.previous)
-            by_id[record.id.encode()] = _Entry(mac, ((bytes.fromhex(record.digest), now), *before))
+            by_id[key] = _Entry(mac, ((bytes.fromhex(record.digest), now), *before))
         self.records = kept.records
         self._by_id = by_id
         self._proven.clear()
@@ -200,8 +209,7 @@ class KeyRing:
     def new_text(self, record: KeyRecord) -> tuple[str, str]:
         """Another text for the key of `record`, whose pepper is known here, and its digest."""
         key = new_key(record.id)
-        mac = hmac.new(self._peppers[record.pepper or self.own_pepper], digestmod="sha256")
-        return key, _digest(mac, key.encode()).hex()
+        return key, _digest(self._macs[record.pepper or self.own_pepper], key.encode()).hex()
 
     def change(self, edit: Callable[[Records], Iterable[KeyRecord]]) -> None:
         """Store the records that `edit` makes of the present ones, and hold them from now on.

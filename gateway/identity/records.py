@@ -86,7 +86,10 @@ def merged(records: Records, more: Iterable[KeyRecord]) -> dict[str, KeyRecord]:
     found = dict(records)
     for record in more:
         known = found.get(record.id)
-        found[record.id] = record if known is None or known == record else later(known, record)
+        if known is None:
+            found[record.id] = record
+        elif known != record:  # else the one that is held already: who looks at identity sees no change
+            found[record.id] = later(known, record)
     return found
 
 

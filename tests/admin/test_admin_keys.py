@@ -12,6 +12,7 @@ import pytest
 from gateway.admin import Guarded
 from gateway.config import Secret
 from gateway.identity.principals import ROLES
+from gateway.limits.spec import Limit
 from gateway.sim import SimServer
 from tests.journeys.stage import CHAT, Answer, Gateway, chat, gateway, provider
 from tests.store_fixtures import Server
@@ -217,6 +218,15 @@ async def test_a_role_that_is_taken_away_is_gone_with_the_next_request(admin: Ad
     assert (await admin.here.ask("GET", KEYS, key=other["key"])).status == 200
     await admin.ask("PATCH", f"{KEYS}/{other['id']}", {"roles": []})
     assert (await admin.here.ask("GET", KEYS, key=other["key"])).status == 403
+
+
+async def test_who_sets_limits_is_not_shut_out_by_them(tmp_path: Path) -> None:
+    limit = Limit("all", "global", "requests", 1, 0.001)
+    async with SimServer() as sim, gateway(provider("one", sim.url), data_dir=tmp_path, limits=(limit,)) as here:
+        admin = Admin(here)
+        assert [(await here.ask("GET", "/v1/models")).status for _ in range(2)] == [200, 429]
+        assert (await admin.ask("GET")).status == 200
+        assert (await admin.ask("GET", f"{KEYS}/{admin.id}")).status == 200
 
 
 # -- what nobody learns ---------------------------------------------------------------------------------------------

@@ -130,6 +130,16 @@ async def test_what_is_proven_is_forgotten_with_every_change(tmp_path: Path) -> 
     assert KeyRing.open(tmp_path).authenticate(text, NOW) is None
 
 
+async def test_an_edit_rebuilds_only_what_it_changes(tmp_path: Path) -> None:
+    here = book(tmp_path)
+    _, one = await here.create({"name": "one"})
+    _, two = await here.create({"name": "two"})
+    before = dict(here.ring._by_id)
+    await here.edit(two.id, {"group": "g"})
+    assert here.ring._by_id[one.id.encode()] is before[one.id.encode()]
+    assert here.ring._by_id[two.id.encode()] is not before[two.id.encode()]
+
+
 async def test_what_cannot_be_done(tmp_path: Path) -> None:
     ring = KeyRing.open(tmp_path, [("conf", Secret("a-key-of-the-environment"))])
     here = KeyBook(ring, clock=Clock())
