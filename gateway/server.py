@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import aiohttp
 from aiohttp import http_parser, web
@@ -56,16 +56,16 @@ class ClientProtocol(RequestHandler):
         the further task with its two wake-ups is a tenth of what a small request costs (docs/decisions.md).
         """
         loop = self._loop
-        manager = self._manager
+        manager = cast("GatewayServer", self._manager)
         handler = self._request_handler
         make_request = self._request_factory
         assert manager is not None
         assert handler is not None
         assert make_request is not None
-        task = self._task_handler or asyncio.current_task()
-        assert task is not None
         while not self._force_close:
             if not self._messages:
+                # An idle connection keeps nothing of the request before, whose body may be large.
+                message = payload = request = response = None
                 self._waiter = loop.create_future()
                 try:
                     await self._waiter
@@ -81,7 +81,10 @@ class ClientProtocol(RequestHandler):
             if isinstance(message, _ErrInfo):
                 answer = self._make_error_handler(message)
                 message = ERROR
-            request = make_request(message, payload, self, StreamWriter(self, loop), task)
+            if manager.draining:
+                message = message._replace(should_close=True)
+            # The task is no local: a cancelled one keeps its exception, and that this frame, with all that was sent.
+            request = make_request(message, payload, self, StreamWriter(self, loop), self._task_handler)  # type: ignore[arg-type]
             self._current_request = request
             self._request_in_progress = True
             try:
@@ -174,11 +177,14 @@ class ClientProtocol(RequestHandler):
 
 
 class GatewayServer(web.Server):
-    """aiohttp's low-level server, making our protocol. `malformed` is told of requests that never became one."""
+    """aiohttp's low-level server, making our protocol. `malformed` is told of requests that never became one; while
+    `draining`, each answer is the last of its connection and says so.
+    """
 
     def __init__(self, handler: Any, malformed: Callable[[int], None], **kwargs: Any) -> None:
         super().__init__(handler, **kwargs)
         self.malformed = malformed
+        self.draining = False
 
     def __call__(self) -> ClientProtocol:
         return ClientProtocol(self, loop=self._loop, **self._kwargs)
@@ -235,7 +241,8 @@ class Listeners:
         return Listen(host, port)
 
     def stop_accepting(self) -> None:
-        for _, listening in self._servers:
+        for server, listening in self._servers:
+            server.draining = True
             listening.close()
 
     async def close(self) -> None:

@@ -49,4 +49,7 @@ class Metrics:
         finally:
             self._in_flight.value -= 1
             exchange.ended_at = monotonic()
+            error = exchange.error
+            if error is not None:  # its traceback keeps the frames, they the request and its body: a cycle
+                error.__traceback__ = error.__context__ = error.__cause__ = None
             self._settle(exchange)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import statistics
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiohttp.web import BaseRequest
 
+from gateway.server import ClientProtocol
 from gateway.sim import SimServer
 from tests.journeys.stage import CHAT, Client, Gateway, chat, deaf, gateway, provider, until
 
@@ -137,3 +140,39 @@ async def test_nothing_leaks_in_500_cancels_at_random_times(sim: SimServer) -> N
         here.assert_idle()
         names = {task.get_name() for task in asyncio.all_tasks()}
         assert not any("upstream" in name for name in names)
+
+
+async def test_no_request_waits_for_the_garbage_collector(sim: SimServer) -> None:
+    """A body is as large as a client likes: once answered, refused or left it must be free at once, not at the next
+    full collection.
+    """
+    async with gateway(provider("one", sim.url)) as here:
+        gc.collect()
+        gc.disable()
+        try:
+            for ending in ("answered", "refused", "unreadable", "left"):
+                client = await Client.open(here.port, here.key)
+                before = len(here.records)
+                if ending == "answered":
+                    await client.ask("POST", CHAT, chat())
+                elif ending == "refused":
+                    await client.ask("POST", CHAT, chat("unheard-of"))
+                elif ending == "unreadable":
+                    await client.ask("POST", CHAT, b"{")
+                else:
+                    client.send("POST", CHAT, None, [("Content-Length", "99999")])
+                    client.writer.write(b"{" * 9999)
+                    await until(lambda: here.app.in_flight() == 1, what="a request in flight")
+                if ending != "left":
+                    await until(lambda: not of_type(BaseRequest), 1.0, f"{ending}: an idle connection keeps none")
+                client.leave()
+                await here.settled(before + 1)
+                await until(
+                    lambda: not of_type(BaseRequest) and not of_type(ClientProtocol), 1.0, f"{ending}: all gone"
+                )
+        finally:
+            gc.enable()
+
+
+def of_type(kind: type) -> list[Any]:
+    return [one for one in gc.get_objects() if isinstance(one, kind)]

@@ -206,6 +206,7 @@ async def test_a_running_stream_finishes(tmp_path: Path, number: signal.Signals)
         async with serve(tmp_path, OPENAI_COMPATIBLE_DATA=data, GATEWAY_API_KEYS=f"tests={KEY}") as running:
             client = await Client.open(running.port, KEY)
             idle = await Client.open(running.port, KEY)
+            unused = await Client.open(running.port, KEY)
             client.send("POST", CHAT, chat(stream=True, max_tokens=40))
             answer = await client.head()
             await client.events(3)
@@ -213,15 +214,18 @@ async def test_a_running_stream_finishes(tmp_path: Path, number: signal.Signals)
             await asyncio.sleep(0.1)
             with pytest.raises(ConnectionRefusedError):
                 await Client.open(running.port)
+            late = await idle.ask("GET", "/livez")
+            assert (late.status, late.header("Connection")) == (200, "close"), "told to go elsewhere, not cut"
+            assert await idle.reader.read() == b""
             answer = await client.rest(answer)
             assert answer.ended
             assert answer.body.endswith(b"data: [DONE]\n\n")
             began_at = time.monotonic()
             assert await running.ended() == 0
             assert time.monotonic() - began_at < 2, "an idle connection holds nothing up"
-            assert [(line["status"], line["outcome"]) for line in running.lines] == [(200, "ok")]
-            assert running.lines[0]["completion_tokens"] == 40
-            for one in (client, idle):
+            assert [(line["status"], line["outcome"]) for line in running.lines] == [(200, "ok")] * 2
+            assert running.lines[1]["completion_tokens"] == 40
+            for one in (client, idle, unused):
                 one.abort()
 
 
