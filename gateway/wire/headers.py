@@ -160,8 +160,9 @@ def _response_headers(pairs: list[tuple[bytes, bytes]], named: frozenset[bytes])
             options = frozenset(option.strip() for option in value.lower().split(b","))
             if not options <= named | {b"keep-alive", b"close", b""}:
                 return _response_headers(pairs, named | options)
-        elif value.strip().lower() != b"identity":
-            lines.append(name + b": " + value)
+        elif value.strip().lower() not in (b"identity", b""):
+            # Its tokens could not be counted, and the client did not say that it could read it.
+            raise UpstreamBroken("The upstream compressed its answer, though asked not to: switch that off there.")
     text = b"".join(lines)
     if len(text) > ANSWER_HEAD_BYTES:
         raise UpstreamBroken("The upstream's answer has more than 64 KiB of headers.")

@@ -93,8 +93,10 @@ def test_connection_names_headers_before_it_too() -> None:
     assert response_headers(both) == b"x-c: 1\r\n" + OURS
 
 
-def test_an_encoding_that_is_one_passes() -> None:
-    assert response_headers([(b"Content-Encoding", b"gzip")]) == b"Content-Encoding: gzip\r\n" + OURS
+@pytest.mark.parametrize("pair", [(b"Content-Encoding", b"gzip"), (b"content-encoding", b"identity, br")])
+def test_an_encoding_nobody_asked_for_is_refused(pair: tuple[bytes, bytes]) -> None:
+    with pytest.raises(UpstreamBroken, match="compressed"):
+        response_headers([pair])
 
 
 @pytest.mark.parametrize(
