@@ -9,7 +9,7 @@ from redis import exceptions
 from gateway.store.address import Address
 from gateway.store.connections import Connections
 
-TIMEOUT_S: Final = 2.0
+TIMEOUT_S: Final = 1.0
 
 
 class Refused(Exception):

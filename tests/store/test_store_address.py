@@ -6,7 +6,6 @@ import pytest
 
 from gateway.store.address import Address, parse
 
-
 VERIFIED = {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
 
 

@@ -119,7 +119,7 @@ async def test_a_loop_that_stood_still_does_not_blame_the_store(store: Store) ->
 
 
 async def test_slow_background_work_takes_nothing_from_requests(store: Store) -> None:
-    slow = [asyncio.create_task(store.call("BLPOP", store.key("none"), 1, timeout_s=4.0)) for _ in range(8)]
+    slow = [asyncio.create_task(store.call("BLPOP", store.key("none"), 0.3, timeout_s=4.0)) for _ in range(8)]
     await asyncio.sleep(0.05)
     waits = [await ask(store) for _ in range(20)]
     assert {kind for _, kind in waits} == {""}
