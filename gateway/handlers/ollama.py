@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from typing import Final
+from typing import Any, Final
 
 import orjson
 from aiohttp import web
@@ -77,6 +77,7 @@ class Ollama:
     async def list_models(self, request: web.BaseRequest) -> web.StreamResponse:
         """Ollama's `/api/tags` as it is: `{"models": [{"name", "size", "digest", "details", …}]}`.
 
+        Without the models that the caller's key may not use.
         404 if Ollama is not configured, 502 or 504 with the reason if it does not answer.
         """
         upstream = self._configured(request)
@@ -85,13 +86,17 @@ class Ollama:
         request[EXCHANGE].upstream_s = answer.latency_s
         if answer.status != 200:
             raise UpstreamError(f"{upstream.name}: {answer.reason()}")
-        return send(request, answer.body)
+        principal = request[EXCHANGE].principal
+        if principal is None or principal.models is None:
+            return send(request, answer.body)
+        return send_json(request, _allowed(answer.body, principal, upstream.name))
 
     async def delete(self, request: web.BaseRequest) -> web.StreamResponse:
         """Body `{"model": name}`; answers `{"status": "success"}`. 404 if Ollama has no such model."""
         upstream = self._configured(request)
         self._permitted()
         model = await _model(request)
+        _for_this_key(request, model)
         path = upstream.runtime.manage["delete"]
         answer = await self._control.send("DELETE", upstream, path, {"model": model}, timeout_s=_DELETE_S)
         request[EXCHANGE].upstream_s = answer.latency_s
@@ -110,6 +115,7 @@ class Ollama:
         upstream = self._configured(request)
         self._permitted()
         model = await _model(request)
+        _for_this_key(request, model)
         _known_registry(model, self._registries)
         document = {"model": model, "stream": True}
         path = upstream.runtime.manage["pull"]
@@ -276,6 +282,29 @@ def _refusal(status: int, text: str, verb: str, model: str) -> GatewayError:
     if status == 400:
         return BadRequest(message, param="model")
     return UpstreamError(message)
+
+
+def _may_use(principal: Any, name: str) -> bool:
+    """Ollama takes a name without a tag for the one with ":latest", so both are one model."""
+    plain = name.removesuffix(":latest")
+    tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+    return any(principal.may_use(one) for one in (name, plain, tagged))
+
+
+def _for_this_key(request: web.BaseRequest, model: str) -> None:
+    principal = request[EXCHANGE].principal
+    if principal is not None and not _may_use(principal, model):
+        raise Forbidden(f"this key may not use {model!r}", param="model", code="model_not_allowed")
+
+
+def _allowed(raw: bytes, principal: Any, upstream: str) -> dict[str, Any]:
+    """The model list without what the key may not use."""
+    try:
+        document = orjson.loads(raw)
+        models = [one for one in document["models"] if _may_use(principal, one["name"])]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UpstreamBroken(f"{upstream}: its list of models cannot be read") from None
+    return {"models": models}
 
 
 async def _model(request: web.BaseRequest) -> str:

@@ -99,12 +99,12 @@ def _provider(provider: Provider, principal: Any, now: float) -> dict[str, Any]:
             {
                 "name": upstream.name,
                 "baseUrl": _public_url(upstream),
-                "models": list(upstream.models),
+                "models": [name for name in upstream.models if principal is None or principal.may_use(name)],
                 "health": _health(upstream.health, now),
             }
             for upstream in provider.upstreams
         ]
-    hint = provider.hint or ("" if provider.models else _empty_hint(provider))
+    hint = provider.hint or ("" if provider.models else _empty_hint(provider, principal))
     if hint:
         document["hint"] = hint
     return document
@@ -123,12 +123,14 @@ def _model(model: Model) -> dict[str, Any]:
     return document
 
 
-def _empty_hint(provider: Provider) -> str:
+def _empty_hint(provider: Provider, principal: Any) -> str:
     hint = (
         "no models are configured for this provider: list them under OPENAI_COMPATIBLE_DATA, "
         f'in the entry with "provider": "{provider.name}", as "models": [{{"apiName": "..."}}].'
     )
     reported = sorted({name for upstream in provider.upstreams for name in upstream.models})
+    if principal is not None:
+        reported = [name for name in reported if principal.may_use(name)]
     if reported:
         hint += f" The runtime itself lists: {', '.join(reported[:20])}."
     return hint
