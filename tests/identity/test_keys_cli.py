@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 
 import gateway
 from gateway.identity.keys import KeyRing
+from tests.journeys.stage import Client
+from tests.journeys.test_journey_process import serve
 from tests.store_fixtures import Server
 
 NOW = 2_000_000_000.0
@@ -132,3 +136,30 @@ def test_a_store_that_is_away_is_said_and_the_key_is_made(tmp_path: Path) -> Non
     assert "is away" in done.stderr
     assert "other hosts learn of this when it is back" in done.stderr
     assert works(tmp_path, json.loads(done.stdout)["key"])
+
+
+async def asked(port: int, path: str, key: str) -> int:
+    client = await Client.open(port, key)
+    try:
+        return (await client.ask("GET", path)).status
+    finally:
+        client.abort()
+
+
+async def test_a_running_gateway_follows_and_its_first_key_is_an_admins(tmp_path: Path) -> None:
+    variables = {"GATEWAY_DEMO": "on", "GATEWAY_STORE": "off", "GATEWAY_AUTH_FAILURES_PER_MIN": "0"}
+    async with serve(tmp_path, **variables) as running:
+        assert "the role `admin`" in running.said
+        (first,) = set(re.findall(r"llmgw_\w+", running.said))
+        assert await asked(running.port, "/admin/api/keys", first) == 200
+        made = await asyncio.to_thread(ran, tmp_path, "create", "ci")
+        for words, status in ((None, 200), (("revoke", "ci"), 401)):
+            if words is not None:
+                await asyncio.to_thread(ran, tmp_path, *words)
+                running.process.send_signal(signal.SIGHUP)  # sooner than within the second
+            async with asyncio.timeout(5.0):
+                while await asked(running.port, "/v1/models", made["key"]) != status:
+                    await asyncio.sleep(0.05)
+        assert await asked(running.port, "/admin/api/keys", first) == 200
+    assert made["key"] not in running.said + running.err.decode()
+    assert first not in running.err.decode()
