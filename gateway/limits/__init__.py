@@ -1,4 +1,19 @@
 """Limits: how much of what a principal may use, taken in one atomic step before a request runs, settled after it.
 
-`spec` is the data (limits, budgets), `bucket` the arithmetic; both are pure. May import the store and the errors.
+- `spec`     what a limit and a budget are, and how they are read; pure
+- `bucket`   the arithmetic of a bucket, in integers; pure, the reference for `take.lua`
+- `local`    a process's side of a bucket: what it has on loan, what it owes, its share when on its own
+- `redis`    the store's side: batches of decisions, one call of `take.lua` in flight at a time
+- `limiter`  `admit` and `settle`, which is all that others use
+
+A process borrows a part of each large bucket and decides most requests from that without asking. What is on loan
+counts against the burst, so no window of t seconds admits more than burst + rate * t over all processes, as long as
+the store keeps what it was told. While it is away each process grants its share of each limit by itself, and takes
+that off the bucket afterwards; a loss of the store costs at most one burst for the shares and one for what it forgot.
+
+A limit reached is 429; a budget spent is 402 in OpenAI's shape of `insufficient_quota` with `x-should-retry: false`,
+for waiting a little does not help. A budget admits while anything is left of it, and reserves what each request is
+estimated to use, so it is passed by one request at most.
+
+May import the store and the errors.
 """

@@ -31,6 +31,8 @@ _YEARS_MS: Final = 10 * 366 * 86400 * 1000
 _SLOT_LIFE_MS: Final = 60_000
 _KEPT_MS: Final = 600_000
 _ENTRIES_MAX: Final = 20_000
+_REQUESTS: Final = tuple(f"x-ratelimit-{word}-requests" for word in ("limit", "remaining", "reset"))
+_TOKENS: Final = tuple(f"x-ratelimit-{word}-tokens" for word in ("limit", "remaining", "reset"))
 _FOR_EVER: Final = float("inf")
 #: what is said of the time when a slot will be free, which nobody knows
 _SLOT_WAIT_S: Final = 1.0
@@ -239,7 +241,7 @@ class Limiter:
             return
         assert self._shared is not None
         for bucket in self._buckets.values():
-            if bucket.share is not None or bucket.in_use or bucket.owed or bucket.sent:
+            if bucket.share is not None or bucket.kind == SLOTS or bucket.owed or bucket.sent:
                 self._shared.owe(bucket)
         _log.info("limits are shared again")
 
@@ -308,17 +310,17 @@ class Limiter:
 
     def _tell(self, exchange: Exchange, entry: Entry, now: float) -> None:
         """The x-ratelimit headers, of the scarcest limit of requests and of tokens."""
-        for buckets, what in ((entry.requests, "requests"), (entry.tokens, "tokens")):
+        for buckets, (limit, remaining, reset) in ((entry.requests, _REQUESTS), (entry.tokens, _TOKENS)):
             if not buckets:
                 continue
             bucket = buckets[0] if len(buckets) == 1 else min(buckets, key=lambda one: one.known(now) / one.rules.burst)
-            left = max(0, bucket.known(now))
+            left = bucket.known(now)
+            left = left if left > 0 else 0
             rules = bucket.rules
-            reset_s = -(-(rules.burst - left) // rules.rate)
             exchange.headers += (
-                (f"x-ratelimit-limit-{what}", str(rules.burst // MICRO)),
-                (f"x-ratelimit-remaining-{what}", str(left // MICRO)),
-                (f"x-ratelimit-reset-{what}", reset_text(reset_s)),
+                (limit, str(rules.burst // MICRO)),
+                (remaining, str(left // MICRO)),
+                (reset, reset_text(-((left - rules.burst) // rules.rate))),
             )
 
     def _refusal(self, exchange: Exchange, entry: Entry, bucket: Bucket, amount: int, now: float) -> GatewayError:
@@ -429,6 +431,8 @@ def period_of(period: Period, unix_s: float) -> tuple[str, float]:
 
 def reset_text(seconds: int) -> str:
     """ "0s", "12s", "6m0s", "1h0m0s": as OpenAI's headers say it."""
+    if seconds < 60:
+        return f"{seconds}s"
     minutes, s = divmod(seconds, 60)
     h, m = divmod(minutes, 60)
-    return f"{h}h{m}m{s}s" if h else f"{m}m{s}s" if m else f"{s}s"
+    return f"{h}h{m}m{s}s" if h else f"{m}m{s}s"

@@ -17,7 +17,7 @@ from tests.store_fixtures import Server
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 8
-SECONDS = 3.5
+SECONDS = 3.0
 
 Admitted = tuple[int, int, int, int]  # before, after (us), amount, alone
 

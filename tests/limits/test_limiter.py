@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,7 @@ from gateway.wire.usage import Usage
 from tests.limits.requests import ALICE, begin, end, exchange, passes, requests, slots, tokens
 from tests.store_fixtures import Server
 
+ROOT = Path(__file__).parents[2]
 BOB = Principal("bob", "bob")
 
 
@@ -306,6 +310,42 @@ async def test_nothing_owed_is_lost_at_the_end(store: Store) -> None:
     await limiter.stop()
     found = await store.call("HGETALL", store.key("limit", "t", "total_tokens", "key", "alice"))
     assert int(found[b"l"]) // 10**6 == 9_000
+
+
+HOLDER = """
+import asyncio, sys
+from gateway.limits import redis
+from gateway.limits.limiter import Limiter
+from gateway.store.address import parse
+from gateway.store.client import Store
+from tests.limits.requests import begin, slots
+
+async def main():
+    redis.LOAN_S, redis.USE_S, redis.RENEW_S = 0.8, 0.6, 0.2
+    store = Store(parse(sys.argv[1]))
+    await store.start()
+    limiter = Limiter((slots(1),), store)
+    await begin(limiter)
+    print("held", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+async def test_slots_are_held_while_their_process_lives_and_no_longer(valkey_server: Server) -> None:
+    async with gateways(1, valkey_server, slots(1)) as (limiter,):
+        with subprocess.Popen(
+            [sys.executable, "-c", HOLDER, valkey_server.url], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        ) as holder:
+            try:
+                assert holder.stdout is not None
+                assert await asyncio.to_thread(holder.stdout.readline) == "held\n"
+                await asyncio.sleep(1.2)  # longer than it is held unless renewed
+                assert not await passes(limiter)
+            finally:
+                holder.kill()
+        await until(lambda: passes(limiter), 1.2)
 
 
 # --- away
