@@ -1,4 +1,4 @@
-"""The command line: `llm-gateway serve | check | doctor | keys | sim`.
+"""The command line: `llm-gateway serve | check | doctor | keys | usage | explain | reconcile | sim`.
 
 Exit codes: 0 done, 1 could not run (port in use, data directory not writable), 2 wrong usage or configuration.
 Rooms are imported by the command that needs them, so that `check` and `--help` start at once.
@@ -20,6 +20,7 @@ from gateway import __version__
 
 if TYPE_CHECKING:
     from gateway.config import Config
+    from gateway.errors import GatewayError
 
 OK, FAILED, WRONG = 0, 1, 2
 
@@ -64,6 +65,21 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
         keys_cli.add_commands(keys, _configuration_flags)
         keys.set_defaults(run=_keys)
+
+    for name, about in (
+        ("usage", "what was used, by key, model, day and more"),
+        ("explain", "what became of one request"),
+        ("reconcile", "compare the ledger with the engines' own counters"),
+    ):
+        reading = commands.add_parser(name, help=about, allow_abbrev=False)
+        if command == name:
+            from gateway.ledger import cli as ledger_cli
+
+            {"usage": ledger_cli.add_usage, "explain": ledger_cli.add_explain, "reconcile": ledger_cli.add_reconcile}[
+                name
+            ](reading)
+            _configuration_flags(reading)
+            reading.set_defaults(run=_ledger)
 
     sim = commands.add_parser("sim", help="the engine simulator")
     if command == "sim":
@@ -199,6 +215,43 @@ def _keys(args: argparse.Namespace) -> int:
     from gateway.identity.shared import connected
 
     return keys_cli.run(args, keyring, lambda: connected(config.redis_url.value))
+
+
+def _ledger(args: argparse.Namespace) -> int:
+    from gateway.config import ConfigError
+    from gateway.config.check import problems_text
+    from gateway.ledger import cli as ledger_cli
+    from gateway.store.client import Store
+
+    try:
+        config = _load(args)
+    except ConfigError as error:
+        print(problems_text(error.problems), file=sys.stderr)
+        return WRONG
+    store = Store.open(config.store, config.redis_url.value, config.data_dir)
+    try:
+        return ledger_cli.run(args, config.data_dir, store, lambda: _engines(config))
+    except OSError as error:
+        return _failed(_reason(error))
+
+
+async def _engines(config: Config) -> dict[str, str | GatewayError]:
+    """The metrics page of every configured upstream, or what came instead."""
+    from gateway.catalog import Catalog
+    from gateway.errors import GatewayError, UpstreamError
+    from gateway.upstreams.control import Control
+
+    found: dict[str, str | GatewayError] = {}
+    async with Control() as control:
+        for upstream in Catalog(config.providers).upstreams:
+            try:
+                answer = await control.get(upstream.url("/metrics"), name=upstream.name, api_key=upstream.api_key)
+            except GatewayError as error:
+                found[upstream.name] = error
+            else:
+                page = answer.body.decode("utf-8", "replace")
+                found[upstream.name] = page if answer.status == 200 else UpstreamError(answer.reason())
+    return found
 
 
 def _announce(text: str) -> None:

@@ -64,6 +64,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "server": frozenset({"app", "answer", "config", "identity", "log", "errors", "welcome"}),
     "cli": frozenset(
         {"app", "server", "config", "doctor", "errors", "identity", "detect", "catalog", "ledger", "sim", "log"}
+        | {"store", "upstreams"}
     ),
     "doctor": frozenset({"config", "server", "store", "errors"}),
     "__main__": frozenset({"cli"}),

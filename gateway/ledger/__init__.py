@@ -8,6 +8,8 @@
 - `totals`    sums over records; pure
 - `shipper`   from the journals into the store, each record exactly once
 - `report`    reading: sums over a window, the story of one request
+- `reconcile` the ledger against the engines' own counters
+- `cli`       the commands `usage`, `explain` and `reconcile`
 
 May import store, wire, exchange and errors.
 """
