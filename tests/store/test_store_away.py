@@ -54,7 +54,7 @@ async def test_a_paused_store_costs_little_then_nothing(
     assert store.series.up.value == 0
     assert store.series.errors["open"] == 500
     assert "is away (timeout) for" in store.trouble
-    await asyncio.sleep(1.2)  # several probes against a store that is still away
+    await asyncio.sleep(0.8)  # probes against a store that is still away
     assert heard == [False]
     store_server.resume()
     assert await changed(store, True, 2.0) < 2.0
