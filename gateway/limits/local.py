@@ -21,6 +21,8 @@ BUDGET: Final = 2
 BUDGET_UNIT: Final = {"tokens": 1, "currency": 100_000_000}
 #: of a bucket, one process borrows at most this part; one too small to lend a few requests' worth lends nothing
 _LOAN_PART: Final = 16
+#: nothing refills a budget, so what a process that dies had on loan is lost to its key
+_BUDGET_LOAN_PART: Final = 128
 _LEND_FROM_REQUESTS: Final = 64
 #: a loan aims at the needs of so many requests
 _LOAN_REQUESTS: Final = 32
@@ -64,7 +66,7 @@ class Bucket:
             self.kind = BUDGET
             self.unit = BUDGET_UNIT[budget.unit]
             self.rules = Rules(round(budget.amount * self.unit), 0, arithmetic.DEBT_MAX)
-            self.loan_max = self.rules.burst // _LOAN_PART
+            self.loan_max = self.rules.burst // _BUDGET_LOAN_PART
         else:
             assert limit is not None
             self.kind = SLOTS if limit.resource == "concurrent" else TOKENS
