@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
@@ -197,7 +198,13 @@ class KeyBook:
                 async with asyncio.timeout(self._every_s):
                     await self._woken.wait()
             self._woken.clear()
-            await self.sync()
+            try:
+                await self.sync()
+            except Exception as error:  # a fault here must not end the following: a revoked key would stay valid
+                if self._trouble != repr(error):
+                    where = "".join(traceback.format_tb(error.__traceback__))
+                    _log.error("keys may be out of date: %s\n%s", type(error).__name__, where)
+                self._trouble = repr(error)
 
     async def _sync(self) -> None:
         trouble = ""

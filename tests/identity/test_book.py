@@ -271,6 +271,27 @@ async def test_a_damaged_file_leaves_the_keys_valid_and_is_said_once(
     assert here.ring.authenticate(text, NOW) is not None
 
 
+async def test_a_fault_while_looking_does_not_end_the_following(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = book(tmp_path), book(tmp_path)
+    await other.start()
+    try:
+
+        def fault(self: object) -> None:
+            raise RuntimeError("a fault")
+
+        monkeypatch.setattr("gateway.identity.keyfile.KeyFile.mark", fault)
+        await until(lambda: bool(caplog.records))
+        await asyncio.sleep(0.2)
+        monkeypatch.undo()
+        assert len(caplog.records) == 1
+        text, _ = await one.create({"name": "ci"})
+        await until(lambda: other.ring.authenticate(text, NOW) is not None)
+    finally:
+        await other.stop()
+
+
 async def test_woken_it_looks_at_once(tmp_path: Path) -> None:
     one = book(tmp_path)
     other = KeyBook(KeyRing.open(tmp_path), every_s=60.0)
