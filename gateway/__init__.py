@@ -13,7 +13,7 @@ Rooms
     metrics, log    every metric; the one log line per request
     catalog         providers, models, aliases -> an immutable route Table, swapped whole
     identity        principals (who may do what), keys (made, hashed, looked up)
-    ledger          the record of each request
+    ledger          what was used and owed: a record of each request, journal, sums in the store, reports
     store           what gateways share, behind the Redis protocol: Redis, Valkey, or the embedded Valkey
     wire            SANS-IO: request bodies, headers, SSE, NDJSON, the token meter
     runtimes        what differs between vLLM, llama.cpp, Ollama, LocalAI, LiteLLM, LM Studio: data

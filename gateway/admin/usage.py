@@ -9,6 +9,7 @@ Both answer {"since", "until": ISO 8601, "by": [name …], "rows": [{…}]}; the
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ class Usage:
     def __init__(self, root: Path, store: Store | None) -> None:
         self._root = root
         self._store = store
+        #: a report reads files and many sums; asking twice at once must not cost twice the disk
+        self._turn = asyncio.Lock()
 
     async def all(self, request: web.BaseRequest) -> web.StreamResponse:
         return await self._answer(request, None)
@@ -56,7 +59,8 @@ class Usage:
         except BadQuery as error:
             raise BadRequest(str(error)) from error
         try:
-            rows = await usage(self._root, self._store, window, key=key)
+            async with self._turn:
+                rows = await usage(self._root, self._store, window, key=key)
         except StoreAway as error:
             raise NoCapacity("the store is away, so the ledger cannot be read; try again", retry_after_s=2.0) from error
         document: dict[str, Any] = {**window.document(), "rows": rows}
