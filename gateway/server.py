@@ -139,6 +139,12 @@ class ClientProtocol(RequestHandler):
             return body
         return payload.read_nowait(-1)
 
+    def spoilt(self) -> bool:
+        """Whether what the client sent has ceased to be HTTP. aiohttp queues that as the next message to answer, and
+        never tells the reader of a body that is cut by it.
+        """
+        return any(isinstance(message, _ErrInfo) for message, _ in self._messages)
+
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Asked by the body's reader whenever it has room, which is always; there is work only after a pause."""
         if self._reading_paused:

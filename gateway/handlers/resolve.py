@@ -19,8 +19,8 @@ from gateway.wire.headers import request_headers
 
 if TYPE_CHECKING:
     from gateway.handlers.proxy import Surface
-    from gateway.server import ClientProtocol
     from gateway.identity.principals import Principal
+    from gateway.server import ClientProtocol
 
 TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
 TOOLS_REMOVED: Final = ("X-Gateway-Tools", "removed")
@@ -95,6 +95,8 @@ async def read_body(request: web.BaseRequest, limits: BodyLimits) -> bytes:
                 if spent_s > RATE_GRACE_S and size < limits.min_rate * spent_s:
                     raise TimeoutError
     except TimeoutError:
+        if cast("ClientProtocol", request.protocol).spoilt():
+            raise BadRequest("the request body is not framed as HTTP wants it", code="malformed_http") from None
         raise RequestTimeout(
             f"the request body came too slowly: it must arrive within {limits.timeout_s:g} s and at "
             f"{limits.min_rate} bytes per second or more"

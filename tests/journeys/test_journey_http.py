@@ -23,6 +23,7 @@ from tests.journeys.stage import (
     chat,
     gateway,
     provider,
+    until,
     whole,
 )
 
@@ -160,6 +161,17 @@ async def test_a_body_that_does_not_come_is_408(upstream: Scripted) -> None:
         assert 0.3 <= loop.time() - began_at < 0.8
         assert answer.header("Connection") == "close"
         assert here.record.status == 408
+
+
+async def test_a_body_that_ceases_to_be_http_is_400(upstream: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.handlers.resolve.RATE_GRACE_S", 0.2)
+    async with gateway(provider("one", upstream.url)) as here, here.connect() as client:
+        client.send("POST", CHAT, None, [("Transfer-Encoding", "chunked")])
+        client.writer.write(b'5\r\n{"mod\r\n')
+        await until(lambda: here.app.in_flight() == 1, what="a request in flight")
+        client.writer.write(b"no chunk\r\n")
+        assert_ours(await client.rest(await client.head()), 400, "malformed_http")
+        assert await client.reader.read() == b"", "nothing after it is taken for a request"
 
 
 async def test_a_body_that_comes_too_slowly_is_408(upstream: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
