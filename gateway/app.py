@@ -186,7 +186,9 @@ class App:
 
     def _changed(self, upstream: Upstream) -> None:
         health = upstream.health
-        _log.info("upstream %s is %s%s", upstream.name, health.status, f": {health.reason}" if health.reason else "")
+        level = logging.INFO if health.status == "ok" else logging.WARNING
+        reason = f": {health.reason}" if health.reason else ""
+        _log.log(level, "upstream %s is %s%s", upstream.name, health.status, reason)
         self.catalog.rebuild()
 
     def _unready(self) -> list[str]:

@@ -179,7 +179,7 @@ async def test_junk_adds_no_series(sim: SimServer) -> None:
 
         # once, so that every kind of series is there
         await here.ask("POST", CHAT, chat())
-        await junk(0, 3)
+        await junk(0, 30)  # more wrong keys than an address may send: their 429 is a series too
         before = {key for key in await samples(here) if not key[0].startswith(("process_", "python_"))}
         await asyncio.gather(*(junk(1000 * i, 40) for i in range(1, 26)))
         after = {key for key in await samples(here) if not key[0].startswith(("process_", "python_"))}
@@ -354,3 +354,11 @@ async def test_no_secret_in_any_repr(sim: SimServer) -> None:
         await here.ask("POST", CHAT, prompt())
         things = [here.app.config, *here.app.config.providers, *here.app.catalog.upstreams, here.app.catalog]
         assert CREDENTIAL not in repr(things)
+
+
+async def test_an_upstream_that_is_not_well_is_a_warning(sim: SimServer, caplog: pytest.LogCaptureFixture) -> None:
+    """An operator who logs warnings only must hear of it; that it is well again is no warning."""
+    caplog.set_level(logging.INFO, "gateway")
+    async with gateway(provider("one", sim.url), provider("two", "http://127.0.0.1:1/v1")):
+        told = {entry.getMessage(): entry.levelname for entry in caplog.records if "upstream" in entry.getMessage()}
+    assert told == {"upstream one is ok": "INFO", "upstream two is unreachable: connection refused": "WARNING"}
