@@ -87,7 +87,7 @@ def greeting(furnished: Furnished, catalog: Catalog, listen: Listen, metrics: Li
         )
         parts.append(
             f"For any OpenAI client:\n\n    export OPENAI_BASE_URL={base}/v1\n"
-            f"    export OPENAI_API_KEY={key or '<one of your keys>'}"
+            f"    export OPENAI_API_KEY={key or 'your-key'}"
         )
     return "\n\n".join(parts) + "\n"
 

@@ -168,6 +168,7 @@ async def test_the_first_run_with_nothing_configured(tmp_path: Path) -> None:
     async with serve(tmp_path) as second:
         assert "llmgw_" not in second.said
         assert "OPENAI_API_KEY" in second.said
+        assert "<" not in second.said, "every line can be pasted into a shell"
         client = await Client.open(second.port, key)
         assert (await client.ask("POST", CHAT, chat("demo"))).status == 200
         client.abort()
