@@ -57,8 +57,22 @@ def _bare_aiohttp(place: Place) -> Plan:
     return Plan(_module("tests.bench.bare_proxy", place.port, place.upstream))
 
 
+#: Wide enough never to refuse here: what is measured is the deciding.
+_LIMITS = [
+    {"name": "requests", "scope": "key", "resource": "requests", "burst": 10**6, "per_s": 10**6},
+    {"name": "tokens", "scope": "key_model", "resource": "total_tokens", "burst": 10**9, "per_s": 10**9},
+]
+
+
 def _gateway(place: Place) -> Plan:
-    """One process with keys, metering, metrics and the log line on, configured as an operator would."""
+    """One process with keys, metering, metrics and the log line on, and neither limits nor ledger."""
+    plan = _gateway_full(place)
+    off = {"GATEWAY_STORE": "off", "GATEWAY_LEDGER": "false", "GATEWAY_LIMITS": "[]"}
+    return Plan(plan.command, {**plan.environment, **off})
+
+
+def _gateway_full(place: Place) -> Plan:
+    """One process as an operator would have it: limits, the ledger and the embedded store on as well."""
     provider = {
         "provider": "mock",
         "runtime": "vllm",
@@ -75,6 +89,7 @@ def _gateway(place: Place) -> Plan:
         "GATEWAY_MAX_BODY_BYTES": str(64 << 20),
         "GATEWAY_ACCESS_LOG": "true",
         "GATEWAY_DEMO": "off",
+        "GATEWAY_LIMITS": json.dumps(_LIMITS),
     }
     return Plan(_module("gateway", "serve"), environment)
 
@@ -132,6 +147,7 @@ PLANS: dict[str, Callable[[Place], Plan]] = {
     REFERENCE: _bare_aiohttp,
     "nginx": _nginx,
     "gateway": _gateway,
+    "gateway-full": _gateway_full,
 }
 
 
