@@ -59,6 +59,7 @@ class Exchange:
         "upstream",
         "upstream_s",
         "usage",
+        "waited_s",
     )
 
     def __init__(self, id: str, method: str, path: str, began_at: float, began_unix_s: float) -> None:
@@ -70,6 +71,7 @@ class Exchange:
         self.ended_at = 0.0
         self.first_byte_at = 0.0  # first byte of the upstream's body
         self.upstream_s = 0.0  # time spent waiting for the upstream: connect to its last byte
+        self.waited_s = 0.0  # time spent waiting for the client's body
         #: route template, e.g. "/v1/chat/completions"; "-" for a path that no route has (bounds the labels)
         self.route = "-"
         self.operation = ""  # gen_ai operation: "chat", "text_completion", "embeddings"; "" for the rest

@@ -84,10 +84,22 @@ class Level:
 class ModelSeries:
     """The series of one (operation, provider, model)."""
 
-    __slots__ = ("cached", "completion", "duration", "estimated", "prompt", "reasoning", "tpot", "ttft", "unpriced")
+    __slots__ = (
+        "cached",
+        "completion",
+        "duration",
+        "estimated",
+        "failures",
+        "prompt",
+        "reasoning",
+        "tpot",
+        "ttft",
+        "unpriced",
+    )
 
     def __init__(self) -> None:
         self.duration = Histogram(DURATION_S)
+        self.failures: dict[str, Histogram] = {}
         self.ttft = Histogram(TTFT_S)
         self.tpot = Histogram(TPOT_S)
         self.prompt = Histogram(TOKENS)
@@ -96,6 +108,14 @@ class ModelSeries:
         self.reasoning = 0
         self.estimated = 0
         self.unpriced = 0
+
+    def failure(self, exchange: Exchange) -> Histogram:
+        """The durations of requests that ended like this one: by the error's code, else by the outcome."""
+        kind = exchange.error.code if exchange.error is not None else exchange.outcome
+        found = self.failures.get(kind)
+        if found is None:
+            found = self.failures[kind] = Histogram(DURATION_S)
+        return found
 
 
 class StoreSeries:
@@ -143,14 +163,17 @@ class Metrics(Collector):
         except KeyError:
             self.requests[key] = 1
         duration_s = exchange.ended_at - exchange.began_at
-        self.overhead.observe(max(0.0, duration_s - exchange.upstream_s))
+        self.overhead.observe(max(0.0, duration_s - exchange.upstream_s - exchange.waited_s))
         if not exchange.model:
             return
         label = (exchange.operation, exchange.provider, exchange.model)
         series = self.models.get(label)
         if series is None:
             series = self.models[label] = ModelSeries()
-        series.duration.observe(duration_s)
+        if exchange.outcome == "ok":
+            series.duration.observe(duration_s)
+        else:  # apart, by its reason: an outage is no fast answer
+            series.failure(exchange).observe(duration_s)
         usage = exchange.usage
         if usage is None:
             return
@@ -207,7 +230,9 @@ class Metrics(Collector):
             value=self.log_dropped(),
         )
         yield _histogram(
-            "gateway_overhead_seconds", "Time of a request not spent waiting for the upstream.", self.overhead
+            "gateway_overhead_seconds",
+            "Time of a request not spent waiting for the upstream or the client.",
+            self.overhead,
         )
         yield _histogram("gateway_event_loop_lag_seconds", "How late the event loop runs what is due.", self.loop_lag)
         yield from self._model_families()
@@ -222,8 +247,16 @@ class Metrics(Collector):
     def _model_families(self) -> Iterator[Metric]:
         names = ["gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model"]
         series = list(self.models.items())
+        duration = HistogramMetricFamily(
+            "gen_ai_server_request_duration_seconds",
+            "Whole time of a request; error_type is empty where it was answered.",
+            labels=[*names, "error_type"],
+        )
+        for label, one in series:
+            for kind, durations in [("", one.duration), *one.failures.items()]:
+                duration.add_metric([*label, kind], durations.buckets(), durations.sum)
+        yield duration
         for name, text, part in (
-            ("gen_ai_server_request_duration_seconds", "Whole time of a request.", "duration"),
             ("gen_ai_server_time_to_first_token_seconds", "Until the first content of a stream.", "ttft"),
             (
                 "gen_ai_server_time_per_output_token_seconds",

@@ -247,12 +247,15 @@ class Listeners:
         return Listen(host, port)
 
     def stop_accepting(self) -> None:
+        """Take no new client connections. The metrics listener stays: its /readyz says why."""
+        server, listening = self._servers[0]
+        server.draining = True
+        listening.close()
+
+    async def close(self) -> None:
         for server, listening in self._servers:
             server.draining = True
             listening.close()
-
-    async def close(self) -> None:
-        self.stop_accepting()
         for server, _ in self._servers:
             server.pre_shutdown()
             await server.shutdown(LAST_WORDS_S)

@@ -31,6 +31,7 @@ class Metrics:
         exchange = Exchange(f"req-{self._prefix}{self._next():08x}", request.method, path, monotonic(), time())
         if path in self._routes:
             exchange.route = path
+        exchange.remote = request.remote or ""
         request[EXCHANGE] = exchange
         self._in_flight.value += 1
         try:

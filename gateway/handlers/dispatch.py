@@ -81,6 +81,12 @@ class Dispatch:
                         "check its `apiKey`",
                         code="upstream_auth_failed",
                     )
+                if 300 <= reply.status < 400:  # followed blindly, it would take prompts to another host
+                    raise UpstreamError(
+                        f"provider {upstream.provider!r} redirects ({reply.status}): "
+                        "set its `baseUrl` to the final address",
+                        code="upstream_redirect",
+                    )
             except UpstreamUnreachable:
                 self._leave(upstream_failed=True)
                 candidates = tuple(one for one in candidates if one.upstream is not upstream)

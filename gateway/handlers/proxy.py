@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -64,7 +65,9 @@ class Proxy:
         exchange.operation = surface.name
         raw = read_now(request, self._limits)
         if raw is None:
+            began_at = monotonic()
             raw = await read_body(request, self._limits)
+            exchange.waited_s = monotonic() - began_at
         exchange.request_bytes = len(raw)
         plan = resolve(exchange, request, raw, surface, self._catalog.table, reject_tools=self._reject_tools)
         waiting = admit(self._limiter, exchange, plan)

@@ -42,7 +42,9 @@ def relay_whole(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
         data = _metered(exchange, reply, strip_usage, data)
     keep_alive = _keep_alive(request)
     _tell_cost(exchange)
-    head = _head(exchange, reply.status, fields, keep_alive, request, b"Content-Length: %d\r\n" % len(data))
+    bodiless = reply.status in (204, 304)  # RFC 9110 section 8.6
+    framing = b"" if bodiless else b"Content-Length: %d\r\n" % len(data)
+    head = _head(exchange, reply.status, fields, keep_alive, request, framing)
     transport = request.transport
     if transport is None or transport.is_closing():
         raise asyncio.CancelledError

@@ -127,7 +127,7 @@ def resolve(
             f"`model` is missing: name the model to ask. {_offered(table, provider, exchange.principal)}",
             param="model",
         )
-    if not body.has(surface.needs):
+    if not body.present(surface.needs):
         raise BadRequest(
             f"`{surface.needs}` is missing from the request for {name[:200]!r}. "
             f"{_offered(table, provider, exchange.principal)}",

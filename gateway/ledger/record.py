@@ -44,6 +44,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
     error: str | None
     group: str = ""
     cost: float | None = None
+    client: str = ""  # address the request came from
+    model_asked: str = ""  # as the client wrote it, where that is not `model`
 
 
 def record(exchange: Exchange) -> Record:
@@ -83,6 +85,8 @@ def record(exchange: Exchange) -> Record:
         exchange.error.code if exchange.error is not None else None,
         exchange.principal.group if exchange.principal is not None else "",
         exchange.cost,
+        exchange.remote,
+        exchange.model_asked[:200] if exchange.model_asked != exchange.model else "",
     )
 
 

@@ -116,6 +116,11 @@ class Body:
     def has(self, key: str) -> bool:
         return key in self._values
 
+    def present(self, key: str) -> bool:
+        """There is such a member, and it is not null."""
+        value = self._values.get(key)
+        return value is not None and bytes(memoryview(value)[:4]) != b"null"
+
     def get(self, key: str) -> Any:
         """The decoded value, None where absent. Decoded on each call: keep it."""
         value = self._values.get(key)

@@ -78,7 +78,10 @@ async def test_metrics_after_a_known_scenario(sim: SimServer) -> None:
         assert requests("499") == 1
         assert sum(value for (name, _), value in got.items() if name == "gateway_requests_total") == 8
         # of the requests that reached a model: three answered, a 503, one that its client left
-        assert got[sample("gen_ai_server_request_duration_seconds_count", **MODEL)] == 5
+        durations = "gen_ai_server_request_duration_seconds_count"
+        assert got[sample(durations, **MODEL, error_type="")] == 3
+        failed = {dict(labels)["error_type"]: n for (name, labels), n in got.items() if name == durations}
+        assert {kind: n for kind, n in failed.items() if kind} == {"upstream_error": 1, "client_gone": 1}
         assert got[sample("gen_ai_server_time_to_first_token_seconds_count", **MODEL)] == 3
         assert got[sample("gen_ai_server_time_per_output_token_seconds_count", **MODEL)] >= 2
         per_token = got[sample("gen_ai_server_time_per_output_token_seconds_sum", **MODEL)]
