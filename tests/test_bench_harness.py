@@ -65,7 +65,7 @@ async def spoiling(runtime: int) -> AsyncIterator[Callable[[Callable[[bytes], by
 
 
 async def run(port: int, **fields: Any) -> dict[str, Any]:
-    settings = {"connections": 2, "duration_s": 0.1, "warm_s": 0.02, "grace_s": 0.3} | fields
+    settings = {"connections": 2, "duration_s": 0.1, "warm_s": 0.02, "grace_s": 1.5} | fields
     result = await load.Run(load.Job(port, (0,), **settings)).measure()
     await asyncio.sleep(0.01)  # for the connections to be closed
     return result
