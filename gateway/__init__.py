@@ -14,6 +14,8 @@ Rooms
     catalog         providers, models, aliases -> an immutable route Table, swapped whole
     identity        principals (who may do what), keys (made, hashed, looked up)
     ledger          what was used and owed: a record of each request, journal, sums in the store, reports
+    limits          token buckets, slots and budgets: decided here where they can be, in the store where they must
+    admin           the operator's side: keys and usage over HTTP
     store           what gateways share, behind the Redis protocol: Redis, Valkey, or the embedded Valkey
     wire            SANS-IO: request bodies, headers, SSE, NDJSON, the token meter
     runtimes        what differs between vLLM, llama.cpp, Ollama, LocalAI, LiteLLM, LM Studio: data
