@@ -47,12 +47,8 @@ class Hygiene:
 def _path(request: web.BaseRequest) -> str:
     """The path of a target that is no route as it stands: absolute-form, or something to refuse."""
     target = request.raw_path
-    if target.startswith(("http://", "https://")):
-        authority, slash, rest = target.partition("://")[2].partition("/")
-        if authority.lower() != request.headers.get("Host", "").lower():
-            raise BadRequest("the target names another host than the Host header")
-        target = slash + rest
-    problem = raw_target_problem(target)
+    problem = raw_target_problem(target, request.headers.get("Host", ""))
     if problem is not None:
         raise BadRequest(f"the request target is refused: {problem}")
-    return target.partition("?")[0]
+    path = target.partition("?")[0]
+    return path if path.startswith("/") else "/" + path.partition("://")[2].partition("/")[2]

@@ -4,6 +4,7 @@
 - `bucket`   the arithmetic of a bucket, in integers; pure, the reference for `take.lua`
 - `local`    a process's side of a bucket: what it has on loan, what it owes, its share when on its own
 - `redis`    the store's side: batches of decisions, one call of `take.lua` in flight at a time
+- `texts`    what a refusal says
 - `limiter`  `admit` and `settle`, which is all that others use
 
 A process borrows a part of each large bucket and decides most requests from that without asking. What is on loan

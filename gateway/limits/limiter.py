@@ -7,18 +7,18 @@ call of the store's script; on this process's share while the store is away; alw
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Awaitable, Sequence
-from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Final
 
-from gateway.errors import GatewayError, QuotaExceeded, RateLimited
+from gateway.errors import GatewayError
 from gateway.limits import bucket as arithmetic
+from gateway.limits import texts
 from gateway.limits.bucket import MICRO
-from gateway.limits.local import BUDGET, SLOTS, Bucket, Needs, shared_out, take_loaned, take_share
+from gateway.limits.local import BUDGET, SLOTS, Bucket, Needs, need_of, shared_out, take_loaned, take_share, used_of
 from gateway.limits.redis import Shared
-from gateway.limits.spec import Limit, Period
+from gateway.limits.spec import FOR_EVER, Limit, period_of
+from gateway.limits.texts import reset_text
 from gateway.store.client import Store, StoreAway, StoreError
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ _KEPT_MS: Final = 600_000
 _ENTRIES_MAX: Final = 20_000
 _REQUESTS: Final = tuple(f"x-ratelimit-{word}-requests" for word in ("limit", "remaining", "reset"))
 _TOKENS: Final = tuple(f"x-ratelimit-{word}-tokens" for word in ("limit", "remaining", "reset"))
-_FOR_EVER: Final = float("inf")
-#: what is said of the time when a slot will be free, which nobody knows
-_SLOT_WAIT_S: Final = 1.0
 
 
 class Taken:
@@ -124,7 +121,7 @@ class Limiter:
         """
         needs = entry.fixed
         if needs is None:
-            needs = [(bucket, _need(bucket, prompt, completion, cost)) for bucket in entry.buckets]
+            needs = [(bucket, need_of(bucket, prompt, completion, cost)) for bucket in entry.buckets]
         now = monotonic()
         taken = Taken()
         shared = self._shared
@@ -207,7 +204,7 @@ class Limiter:
             if bucket.kind == SLOTS:
                 self._free(bucket, amount)
                 continue
-            used = _used(bucket, prompt, completion, cost)
+            used = used_of(bucket, prompt, completion, cost)
             if used is not None and used != amount:
                 self._charge(bucket, used - amount, taken.alone)
 
@@ -256,7 +253,7 @@ class Limiter:
             whom = _whom(limit, principal, route, model, own=limit.name in own)
             if whom is not None:
                 buckets.append(self._bucket(limit, whom))
-        until_unix_s = _FOR_EVER
+        until_unix_s = FOR_EVER
         if principal.budget is not None and model:
             budget, until_unix_s = self._budget(principal, unix_s)
             buckets.append(budget)
@@ -282,7 +279,7 @@ class Limiter:
         budget = principal.budget
         assert budget is not None
         name, until_unix_s = period_of(budget.period, unix_s)
-        life_ms = int((until_unix_s - unix_s + 2 * 86400) * 1000) if until_unix_s < _FOR_EVER else 0
+        life_ms = int((until_unix_s - unix_s + 2 * 86400) * 1000) if until_unix_s < FOR_EVER else 0
         key = self._key("budget", principal.key_id, budget.unit, budget.period, name)
         found = self._buckets.get(key)
         if found is None:
@@ -328,50 +325,7 @@ class Limiter:
         scope = bucket.limit.scope if bucket.limit is not None else "key"
         label = (bucket.name, scope)
         self.refused[label] = self.refused.get(label, 0) + 1
-        level = bucket.known(now)
-        left = max(0, level)
-        if bucket.budget is not None:
-            return _exceeded(bucket, level, exchange.began_unix_s)
-        assert bucket.limit is not None
-        limit = bucket.limit
-        what = limit.resource.replace("_", " ")
-        used = f"{limit.burst - left // bucket.unit}/{limit.burst}"
-        where = f"limit {limit.name!r} (scope {scope})"
-        if bucket.kind == SLOTS:
-            return _limited(
-                f"{where} reached: {used} concurrent requests run; try again when one of them has ended",
-                "requests", _SLOT_WAIT_S,
-            )  # fmt: skip
-        wait_s = (arithmetic.wait_us(min(level, amount - 1), bucket.rules, amount) or 1) / MICRO
-        needs = "" if limit.resource == "requests" else f", this request may need {-(-amount // MICRO)}"
-        return _limited(
-            f"{where} reached: {used} {what} used{needs}; it will pass in {wait_s:.3g} s",
-            "requests" if limit.resource == "requests" else "tokens", wait_s,
-        )  # fmt: skip
-
-
-def _limited(message: str, kind: str, wait_s: float) -> RateLimited:
-    error = RateLimited(
-        message, retry_after_s=math.ceil(wait_s), headers=(("retry-after-ms", str(math.ceil(wait_s * 1000))),)
-    )
-    error.type = kind
-    return error
-
-
-def _exceeded(bucket: Bucket, level: int, unix_s: float) -> QuotaExceeded:
-    budget = bucket.budget
-    assert budget is not None
-    _, until_unix_s = period_of(budget.period, unix_s)
-    unit = "tokens" if budget.unit == "tokens" else "currency units"
-    again = "it does not renew itself"
-    if until_unix_s < _FOR_EVER:
-        again = f"it renews at {datetime.fromtimestamp(until_unix_s, UTC):%Y-%m-%dT%H:%MZ}"
-    used = budget.amount - level / bucket.unit
-    return QuotaExceeded(
-        f"the budget of this key is spent or reserved (scope key): {used:.10g}/{budget.amount:.10g} {unit} for "
-        f"{'the ' + budget.period if budget.period != 'total' else 'all time'}; {again}",
-        headers=(("x-should-retry", "false"),),
-    )
+        return texts.refusal(bucket, amount, bucket.known(now), exchange.began_unix_s)
 
 
 def _whom(limit: Limit, principal: Principal, route: str, model: str, *, own: bool) -> tuple[str, ...] | None:
@@ -386,53 +340,3 @@ def _whom(limit: Limit, principal: Principal, route: str, model: str, *, own: bo
     if scope == "group":
         return (scope, principal.group) if principal.group else None
     return (scope, principal.key_id) if scope == "key" else (scope,)
-
-
-def _need(bucket: Bucket, prompt: int, completion: int, cost: float | None) -> int:
-    """What a request must find. More than the whole bucket passes when it is full, and is charged afterwards."""
-    amount = _used(bucket, prompt, completion, cost)
-    if bucket.kind == BUDGET:
-        return max(1, amount or 0)
-    return bucket.unit if amount is None else min(amount, bucket.rules.burst)
-
-
-def _used(bucket: Bucket, prompt: int, completion: int, cost: float | None) -> int | None:
-    """In the bucket's parts; None where it does not depend on tokens, or nobody knows the price."""
-    if bucket.budget is not None:
-        if bucket.budget.unit == "tokens":
-            return prompt + completion
-        return None if cost is None else math.ceil(cost * bucket.unit)
-    assert bucket.limit is not None
-    match bucket.limit.resource:
-        case "input_tokens":
-            return prompt * MICRO
-        case "output_tokens":
-            return completion * MICRO
-        case "total_tokens":
-            return (prompt + completion) * MICRO
-    return None
-
-
-def period_of(period: Period, unix_s: float) -> tuple[str, float]:
-    """The name of the calendar period (UTC) that holds `unix_s`, and when it ends (wall time, inf for never)."""
-    if period == "total":
-        return "total", _FOR_EVER
-    day = datetime.fromtimestamp(unix_s, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    if period == "day":
-        end = day + timedelta(days=1)
-    elif period == "week":
-        day -= timedelta(days=day.weekday())
-        end = day + timedelta(days=7)
-    else:
-        day = day.replace(day=1)
-        end = (day + timedelta(days=32)).replace(day=1)
-    return f"{day:%Y-%m-%d}", end.timestamp()
-
-
-def reset_text(seconds: int) -> str:
-    """ "0s", "12s", "6m0s", "1h0m0s": as OpenAI's headers say it."""
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes, s = divmod(seconds, 60)
-    h, m = divmod(minutes, 60)
-    return f"{h}h{m}m{s}s" if h else f"{m}m{s}s"

@@ -6,6 +6,7 @@ is away, decides from its share of the bucket by the same arithmetic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -133,6 +134,31 @@ class Bucket:
 
 
 Needs = Sequence[tuple[Bucket, int]]
+
+
+def need_of(bucket: Bucket, prompt: int, completion: int, cost: float | None) -> int:
+    """What a request must find. More than the whole bucket passes when it is full, and is charged afterwards."""
+    amount = used_of(bucket, prompt, completion, cost)
+    if bucket.kind == BUDGET:
+        return max(1, amount or 0)
+    return bucket.unit if amount is None else min(amount, bucket.rules.burst)
+
+
+def used_of(bucket: Bucket, prompt: int, completion: int, cost: float | None) -> int | None:
+    """In the bucket's parts; None where it does not depend on tokens, or nobody knows the price."""
+    if bucket.budget is not None:
+        if bucket.budget.unit == "tokens":
+            return prompt + completion
+        return None if cost is None else math.ceil(cost * bucket.unit)
+    assert bucket.limit is not None
+    match bucket.limit.resource:
+        case "input_tokens":
+            return prompt * MICRO
+        case "output_tokens":
+            return completion * MICRO
+        case "total_tokens":
+            return (prompt + completion) * MICRO
+    return None
 
 
 def take_loaned(needs: Needs, now: float) -> bool:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, cast, get_args
 
 #: "key": each key apart. "key_endpoint", "key_model": each key and route, or key and catalog model, apart.
@@ -30,6 +31,7 @@ UNITS: Final[tuple[Unit, ...]] = get_args(Unit)
 BURST_MAX: Final = 1_000_000_000
 PER_S_MAX: Final = 1_000_000_000.0
 PER_S_MIN: Final = 1e-6
+FOR_EVER: Final = float("inf")
 BUDGET_MAX: Final[Mapping[Unit, float]] = {"tokens": 1e15, "currency": 1e7}
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -160,3 +162,19 @@ def _number(document: Mapping[str, Any], key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise SpecError(key, "must be a number")
     return float(value)
+
+
+def period_of(period: Period, unix_s: float) -> tuple[str, float]:
+    """The name of the calendar period (UTC) that holds `unix_s`, and when it ends (wall time, inf for never)."""
+    if period == "total":
+        return "total", FOR_EVER
+    day = datetime.fromtimestamp(unix_s, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    if period == "day":
+        end = day + timedelta(days=1)
+    elif period == "week":
+        day -= timedelta(days=day.weekday())
+        end = day + timedelta(days=7)
+    else:
+        day = day.replace(day=1)
+        end = (day + timedelta(days=32)).replace(day=1)
+    return f"{day:%Y-%m-%d}", end.timestamp()

@@ -28,7 +28,8 @@ class StaleConnection(Exception):
 class Reply:
     """One answer of an upstream, from the moment its request was written.
 
-    `head` is empty until `head_complete`; after `Transport.send` it always is.
+    `head` is empty until `head_complete`; after `Transport.send` it always is. `moved_at` is when the answer last moved
+    on, where the idle deadline starts anew: the sink sets it, since comment lines are no progress.
     """
 
     __slots__ = (
@@ -92,10 +93,6 @@ class Reply:
             self._buffer.clear()
             self._buffered_bytes = 0
             sink(data)
-
-    def progress(self, now: float) -> None:
-        """The answer moved on: the idle deadline starts anew. Comment lines are no progress; the sink decides."""
-        self.moved_at = now
 
     def pause(self) -> None:
         """Stop reading the upstream: the client does not keep up. It is not the upstream's idleness then."""

@@ -7,5 +7,6 @@ times come in as arguments (seconds on a monotonic clock). Everything is fed byt
 - `headers`  which headers may pass, in either direction
 - `sse`, `ndjson`  cut a stream into events without changing a byte
 - `tokens`   `Usage`, and reading it (or an error) from an answer's JSON, in every shape the runtimes use
-- `usage`    the meters that count an answer as its bytes pass; the door to `tokens`
+- `usage`    the meter of an answer as its bytes pass, and that of SSE; the door to `meter`, `documents` and `tokens`
+- `meter`    what meters share; `documents`: those of NDJSON and JSON
 """

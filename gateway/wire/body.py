@@ -240,11 +240,6 @@ def usage_options(body: Body) -> bytes:
     return options.patch({"include_usage": b"true"})
 
 
-def set_include_usage(body: Body) -> bytes:
-    """The whole body with `usage_options` in place."""
-    return body.patch({"stream_options": usage_options(body)})
-
-
 def _sizes(values: Iterable[Raw]) -> int:
     return sum(len(memoryview(value)) for value in values)
 

@@ -17,8 +17,9 @@ import pytest
 from gateway.errors import QuotaExceeded, RateLimited, render
 from gateway.identity.principals import Principal
 from gateway.limits import redis
-from gateway.limits.limiter import Limiter, period_of, reset_text
-from gateway.limits.spec import Budget, Limit
+from gateway.limits.limiter import Limiter
+from gateway.limits.spec import Budget, Limit, period_of
+from gateway.limits.texts import reset_text
 from gateway.store.address import parse
 from gateway.store.client import Store
 from gateway.wire.usage import Usage

@@ -11,6 +11,7 @@ from time import monotonic
 import pytest
 
 from gateway.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
+from gateway.upstreams.reply import Reply
 from tests.upstreams.scripted import BODY, OK, Script, Scripted, client, exchange, head, read, until, upstream
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -19,6 +20,11 @@ LIMIT_S = 0.2
 LATE_S = 0.1
 #: uvloop keeps its timers in whole milliseconds of a clock that it reads once a turn
 EARLY_S = 0.003
+
+
+def moved(reply: Reply) -> None:
+    """What a sink says of a piece that is a sign of life."""
+    reply.moved_at = monotonic()
 
 
 async def on_time(error: type[Exception], code: str, fail: Callable[[], Awaitable[object]], limit_s: float) -> None:
@@ -108,7 +114,7 @@ async def test_idle_starts_anew_only_when_the_caller_says_so() -> None:
         async def listen() -> None:
             reply = await transport.send(server.upstream(idle_s=LIMIT_S), head(), BODY)
             try:
-                reply.attach(lambda data: None if data.startswith(b":") else reply.progress(monotonic()))
+                reply.attach(lambda data: None if data.startswith(b":") else moved(reply))
                 await reply.ended()
             finally:
                 reply.close()
@@ -116,7 +122,7 @@ async def test_idle_starts_anew_only_when_the_caller_says_so() -> None:
         await on_time(UpstreamTimeout, "upstream_idle_timeout", listen, LIMIT_S)
 
         reply = await transport.send(server.upstream(idle_s=LIMIT_S), head(), BODY)
-        reply.attach(lambda data: reply.progress(monotonic()))
+        reply.attach(lambda data: moved(reply))
         with pytest.raises(TimeoutError):  # the test's own patience: the upstream's idleness never came
             await asyncio.wait_for(reply.ended(), 1.0)
         reply.close()
@@ -146,7 +152,7 @@ async def test_a_client_that_does_not_read_is_not_the_upstreams_idleness() -> No
         pieces: list[bytes] = []
         reply.attach(pieces.append)
         reply.pause()
-        reply.progress(monotonic())  # what was read before the pause took effect
+        moved(reply)  # what was read before the pause took effect
         await asyncio.sleep(0.4)
         assert pieces == [b"data: 1\n"]
         reply.resume()

@@ -69,7 +69,7 @@ async def test_large_bodies_with_pauses(contexts: Contexts) -> None:
 
         def sink(data: bytes) -> None:
             digest.update(data)
-            reply.progress(monotonic())
+            reply.moved_at = monotonic()
             if data[0] & 1:
                 reply.pause()
                 loop.call_later(0.001, reply.resume)

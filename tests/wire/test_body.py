@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import BadRequest
-from gateway.wire.body import GUARDED, Body, set_include_usage, usage_options
+from gateway.wire.body import GUARDED, Body, usage_options
 
 
 def refused(raw: bytes) -> BadRequest:
@@ -184,9 +184,10 @@ def test_repeated_keys_are_found_exactly(pairs: list[tuple[str, Any]], spaced: b
         assert refused(raw).code == "duplicate_key"
 
 
-def test_set_include_usage() -> None:
+def test_usage_options() -> None:
     def done(raw: bytes) -> bytes:
-        return set_include_usage(Body.parse(raw))
+        body = Body.parse(raw)
+        return body.patch({"stream_options": usage_options(body)})
 
     assert done(b'{"stream":true}') == b'{"stream":true,"stream_options":{"include_usage":true}}'
     assert done(b'{"stream_options":null}') == b'{"stream_options":{"include_usage":true}}'

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.wire.meter import HELD_BACK_BYTES, KEPT_BYTES
 from gateway.wire.usage import (
-    HELD_BACK_BYTES,
-    KEPT_BYTES,
     JsonMeter,
     NdjsonMeter,
     SseMeter,
