@@ -1,13 +1,14 @@
 """What can be asked for: providers, models and aliases, compiled into a route table that is swapped whole.
 
 `Catalog` owns the live Upstream objects, which outlive every table; `rebuild` makes a new `Table` from the
-configuration and from what the upstreams said they serve. A model that several upstreams offer is one pool.
+configuration and from what the upstreams said they serve. A model that several upstreams offer is one pool; behind
+it stand the pools of the models it falls back on.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from gateway.config import Model, Provider
@@ -31,6 +32,9 @@ class Offer:
         return f"<Offer {self.model.name} at {self.upstream.name}>"
 
 
+Tiers = tuple[tuple[Offer, ...], ...]
+
+
 class Listed:
     """A provider as it stands now: configured or discovered models, and its addresses."""
 
@@ -51,28 +55,78 @@ class Listed:
         self.hint = hint
 
 
+class Pools:
+    """Names a client may use, each with the offers behind it; made once, then read only.
+
+    `tiers[name]` is the name's own pool and then those of the models it falls back on, nearest first; no offer is in
+    two of them. The own pool is empty where no host is known now, as while a host name resolves to nothing.
+    """
+
+    __slots__ = ("models", "tiers")
+
+    def __init__(self, offered: Iterable[tuple[Model, Sequence[Offer]]]) -> None:
+        pools: dict[str, list[Offer]] = {}
+        #: by name, the models behind it
+        self.models: dict[str, list[Model]] = {}
+        for model, offers in offered:
+            for name in (model.name, *model.aliases):
+                pools.setdefault(name, []).extend(offers)
+                self.models.setdefault(name, []).append(model)
+        self.tiers: dict[str, Tiers] = {name: self._tiers(name, pools) for name in pools}
+
+    def __getitem__(self, name: str) -> tuple[Offer, ...]:
+        return self.tiers[name][0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tiers)
+
+    def __len__(self) -> int:
+        return len(self.tiers)
+
+    def items(self) -> Iterator[tuple[str, tuple[Offer, ...]]]:
+        return ((name, tiers[0]) for name, tiers in self.tiers.items())
+
+    def _tiers(self, name: str, pools: Mapping[str, list[Offer]]) -> Tiers:
+        own = tuple(pools[name])
+        tiers = [own]
+        chain = [name]
+        for at in chain:  # grows while it is read: first a model's own fallbacks, then theirs
+            for model in self.models.get(at, ()):
+                chain += [other for other in model.fallbacks if other not in chain]
+        seen = set(own)
+        for other in chain[1:]:
+            offers = tuple(offer for offer in pools.get(other, ()) if offer not in seen)
+            if offers:
+                tiers.append(offers)
+                seen.update(offers)
+        return tuple(tiers)
+
+
 class Table:
-    """Immutable: `pools` maps every name a client may use to the offers behind it."""
+    """Immutable: `pools` has every name a client may use, `by_provider` those at each provider alone."""
 
     __slots__ = ("by_provider", "pools", "providers")
 
-    def __init__(self, providers: Iterable[Listed], discovered: dict[str, frozenset[str]]) -> None:
+    def __init__(self, providers: Iterable[Listed], discovered: Mapping[Upstream, frozenset[str]]) -> None:
         self.providers = tuple(providers)
-        pools: dict[str, list[Offer]] = {}
-        self.by_provider: dict[str, dict[str, tuple[Offer, ...]]] = {}
+        offered: list[tuple[Model, Sequence[Offer]]] = []
+        self.by_provider: dict[str, Pools] = {}
         for provider in self.providers:
-            own: dict[str, list[Offer]] = {}
-            for model in provider.models:
-                for upstream in provider.upstreams:
-                    said = discovered.get(upstream.name)
-                    if said is not None and model.name not in said:
-                        continue  # one host of a discovered provider does not have it
-                    offer = Offer(model, upstream)
-                    for name in (model.name, *model.aliases):
-                        own.setdefault(name, []).append(offer)
-                        pools.setdefault(name, []).append(offer)
-            self.by_provider[provider.name] = {name: tuple(offers) for name, offers in own.items()}
-        self.pools: dict[str, tuple[Offer, ...]] = {name: tuple(offers) for name, offers in pools.items()}
+            own: list[tuple[Model, Sequence[Offer]]] = [
+                (
+                    model,
+                    [
+                        Offer(model, upstream)
+                        for upstream in provider.upstreams
+                        # one host of a discovered provider may not have it
+                        if upstream not in discovered or model.name in discovered[upstream]
+                    ],
+                )
+                for model in provider.models
+            ]
+            self.by_provider[provider.name] = Pools(own)
+            offered += own
+        self.pools = Pools(offered)
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
@@ -113,7 +167,7 @@ class Catalog:
 
     def _build(self) -> Table:
         listed = []
-        discovered: dict[str, frozenset[str]] = {}
+        discovered: dict[Upstream, frozenset[str]] = {}
         for provider in self._providers:
             upstreams = self._upstreams[provider.name]
             runtime = upstreams[0].runtime
@@ -122,7 +176,7 @@ class Catalog:
             if provider.discover:
                 models = _discovered(upstreams)
                 for upstream in upstreams:
-                    discovered[upstream.name] = frozenset(upstream.models)
+                    discovered[upstream] = frozenset(upstream.models)
                 if not models:
                     hint = f"{provider.name!r} was asked for its models and has named none yet"
             elif not models:

@@ -66,3 +66,45 @@ def test_nearest() -> None:
     assert nearest("sin", known) == ["sim"]
     assert nearest("zzzzzzzz", known) == []
     assert nearest("x" * 100_000, known) == []
+
+
+# -- fallbacks ------------------------------------------------------------------------------------------------------
+
+
+def tiers(catalog: Catalog, name: str, provider: str = "") -> list[list[str]]:
+    pools = catalog.table.by_provider[provider] if provider else catalog.table.pools
+    return [[f"{offer.model.name}@{offer.upstream.name}" for offer in tier] for tier in pools.tiers[name]]
+
+
+def model(name: str, *fallbacks: str, aliases: tuple[str, ...] = ()) -> Model:
+    return Model(name, name, aliases=aliases, fallbacks=fallbacks)
+
+
+def test_the_tiers_are_a_models_pool_then_those_it_falls_back_on() -> None:
+    one = provider("one", models=(model("big", "middle", "other"), model("other")))
+    two = provider("two", models=(model("m", "small", aliases=("middle",)), model("small", "other")))
+    catalog = Catalog([one, two])
+    assert tiers(catalog, "big") == [["big@one"], ["m@two"], ["other@one"], ["small@two"]], "own ones, then theirs"
+    assert tiers(catalog, "middle") == [["m@two"], ["small@two"], ["other@one"]]
+    assert tiers(catalog, "other") == [["other@one"]]
+    assert tiers(catalog, "big", "one") == [["big@one"], ["other@one"]], "a provider that was named is not left"
+
+
+def test_a_circle_of_fallbacks_ends_and_no_offer_comes_twice() -> None:
+    one = provider("one", models=(model("a", "b", "chat"), model("b", "a", aliases=("chat",))))
+    two = provider("two", models=(model("a"),))
+    assert tiers(Catalog([one, two]), "a") == [["a@one", "a@two"], ["b@one"]]
+
+
+def test_a_model_that_a_host_no_longer_has_leaves_the_pool() -> None:
+    catalog = Catalog([provider("one", "http://h1/v1", "http://h2/v1", discover=True)])
+    first, second = catalog.upstreams
+    first.models = second.models = ("m", "x")
+    catalog.rebuild()
+    assert names(catalog)["m"] == ["m@one@h1", "m@one@h2"]
+    second.models = ("x",)
+    catalog.rebuild()
+    assert names(catalog)["m"] == ["m@one@h1"]
+    first.models = ()
+    catalog.rebuild()
+    assert "m" not in catalog.table.pools

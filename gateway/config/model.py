@@ -78,7 +78,11 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """`name` is what the upstream is asked for (`apiName`); `aliases` are further names clients may use."""
+    """`name` is what the upstream is asked for (`apiName`); `aliases` are further names clients may use.
+
+    `fallbacks` name the models, or aliases, that are asked when no host of this one can answer, first one first; then
+    theirs.
+    """
 
     name: str
     ui_name: str
@@ -86,6 +90,7 @@ class Model:
     aliases: tuple[str, ...] = ()
     context_window: int | None = None  # tokens
     price: Price | None = None
+    fallbacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
     [{"provider": "LocalVLLM", "baseUrl": "http://localhost:8000/v1", "apiKey": "",
       "models": [{"apiName": "deepseek-r1-distill-qwen-7b", "uiName": "R1 7B", "supportsTools": false,
-                  "aliases": ["r1"], "contextWindow": 32768, "price": {"input": 0.1, "output": 0.4}}],
+                  "aliases": ["r1"], "contextWindow": 32768, "price": {"input": 0.1, "output": 0.4},
+                  "fallbacks": ["qwen3-32b"]}],
       "baseUrls": ["http://gpu1:8000/v1", "http://gpu2:8000/v1"], "runtime": "vllm", "weight": 1,
       "timeouts": {"connect": 5, "firstByte": 600, "idle": 60, "total": null}}]
 
@@ -35,7 +36,7 @@ _PROVIDER_KEYS: Final = (
     "weight",
     "timeouts",
 )
-_MODEL_KEYS: Final = ("apiName", "uiName", "supportsTools", "aliases", "contextWindow", "price")
+_MODEL_KEYS: Final = ("apiName", "uiName", "supportsTools", "aliases", "contextWindow", "price", "fallbacks")
 _PRICE_KEYS: Final = ("input", "cachedInput", "output", "gpuSecond")
 _TIMEOUT_KEYS: Final = ("connect", "firstByte", "idle", "total")
 
@@ -46,6 +47,8 @@ class Reader(Report):
     def __init__(self, collect: Collector, variables: Mapping[str, str]) -> None:
         super().__init__(collect)
         self.variables = variables
+        #: each name that stands among fallbacks, where it stands, and the source of that
+        self.fallbacks: list[tuple[str, str, str]] = []
 
     def providers(self, raw: object, path: str, source: str, origin: str) -> tuple[Provider, ...]:
         """All usable providers in `raw`; `path`, `source` and `origin` say where it stood."""
@@ -97,6 +100,43 @@ class Reader(Report):
             *providers,
             Provider("ollama", (root + "/v1",), runtime="ollama", discover=True, origin=origin),
         )
+
+    def check_fallbacks(self, providers: tuple[Provider, ...]) -> None:
+        """Whether each fallback names a model of `providers`; to be asked when all of them are known."""
+        models = [model for provider in providers for model in provider.models]
+        known = dict.fromkeys(name for model in models for name in (model.name, *model.aliases))
+        # What a provider will name when it is asked nobody knows yet.
+        told = not any(provider.discover for provider in providers)
+        for name, path, source in self.fallbacks:
+            if name in known:
+                continue
+            near = parsing.nearest(name, known)
+            if told:
+                hint = "" if near else "the name or an alias of a model"
+                self.collect.add(path, source, f"there is no model {parsing.show(name)}", nearest=near, hint=hint)
+            else:
+                message = f"no model {parsing.show(name)} is configured"
+                self.collect.warn(path, source, message, nearest=near, hint="one that asks its server may have it")
+        self._cycles(models)
+
+    def _cycles(self, models: list[Model]) -> None:
+        """A model that falls back on itself is a mistake; by way of another it is a warning, for each is asked once."""
+        chains: dict[str, list[str]] = {}
+        for model in models:
+            for name in (model.name, *model.aliases):
+                chains.setdefault(name, []).extend(model.fallbacks)
+        places = {name: (path, source) for name, path, source in reversed(self.fallbacks)}
+        found: set[frozenset[str]] = set()
+        for model in models:
+            if set(model.fallbacks) & {model.name, *model.aliases}:
+                path, source = places[next(iter(set(model.fallbacks) & {model.name, *model.aliases}))]
+                self.collect.add(path, source, f"{model.name!r} falls back on itself")
+                continue
+            way = _way_back(model.name, chains)
+            if way and frozenset(way) not in found:
+                found.add(frozenset(way))
+                path, source = places[way[1]]
+                self.collect.warn(path, source, f"{' -> '.join(way)} is a circle", hint="each is asked once")
 
     def secret(self, raw: object) -> Secret:
         """A credential, or the one in the variable that "env:NAME" names. Its text appears in no message."""
@@ -208,7 +248,17 @@ class Reader(Report):
             tuple(aliases),
             entry.take("contextWindow", parsing.whole(1, 2**40), None),
             self._price(entry),
+            self._fallbacks(entry),
         )
+
+    def _fallbacks(self, entry: Entry) -> tuple[str, ...]:
+        names: dict[str, str] = {}
+        for item in entry.items("fallbacks", parsing.name):
+            if item.value in names:
+                entry.add(item.key, f"the same as {names[item.value]}")
+            names.setdefault(item.value, item.key)
+            self.fallbacks.append((item.value, entry.at(item.key), self.source))
+        return tuple(names)
 
     def _price(self, entry: Entry) -> Price | None:
         inner = entry.enter("price", _PRICE_KEYS)
@@ -225,6 +275,20 @@ class Reader(Report):
                     message = f"{seen[url]!r} and {provider.name!r} share the address {url}"
                     self.collect.warn(path, self.source, message, hint="its load is counted apart for each of them")
                 seen.setdefault(url, provider.name)
+
+
+def _way_back(name: str, chains: Mapping[str, list[str]]) -> list[str]:
+    """The shortest chain of fallbacks from `name` to itself; empty if there is none."""
+    ways = [[name]]
+    seen: set[str] = set()
+    for way in ways:
+        for other in chains.get(way[-1], ()):
+            if other == name:
+                return [*way, name]
+            if other not in seen:
+                seen.add(other)
+                ways.append([*way, other])
+    return []
 
 
 def native_root(url: str) -> str:

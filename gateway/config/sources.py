@@ -105,6 +105,7 @@ def _assemble(layers: tuple[Layer, ...], variables: Mapping[str, str], collect: 
         values["ollama_base_url"] = root = native_root(root)
         at = given["ollama_base_url"]
         values["providers"] = reader.ollama(root, values.get("providers", ()), at.path, at.source, at.origin)
+    reader.check_fallbacks(values.get("providers", ()))
     _across(values, given, collect)
     known = {field.name for field in fields(Config)}
     usable = {name: value for name, value in values.items() if name in known}

@@ -17,7 +17,7 @@ from gateway import __version__
 from gateway.catalog import Offer
 from gateway.errors import BadRequest, UpstreamError, UpstreamUnreachable
 from gateway.exchange import Exchange
-from gateway.handlers.resolve import TOOL_FIELDS, Plan
+from gateway.handlers.resolve import Plan
 from gateway.upstreams.policies import least_in_flight
 from gateway.upstreams.reply import Reply
 from gateway.upstreams.transport import Transport
@@ -127,13 +127,11 @@ def patched(plan: Plan, offer: Offer) -> bytes:
     replace = plan.replace
     remove = plan.remove
     model = offer.model
-    if not (replace or remove or plan.tools or body.stream) and body.model == model.name:
+    if not (replace or remove or body.stream) and body.model == model.name:
         plan.strip_usage = False
         return body.raw
     if body.model != model.name:
         replace = {**replace, "model": orjson.dumps(model.name)}
-    if plan.tools and not model.supports_tools:
-        remove = (*remove, *(field for field in TOOL_FIELDS if body.has(field)))
     plan.strip_usage = False
     native = plan.native and plan.native in offer.upstream.runtime.paths
     streamed = replace.get("stream", b"true" if body.stream else b"false") == b"true"

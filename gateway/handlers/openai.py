@@ -30,14 +30,10 @@ class Models:
             allowed = [one for one in offers if principal is None or principal.may_use(one.model.name)]
             if not allowed:
                 continue
-            model = allowed[0].model
-            entry = {
-                "id": name,
-                "object": "model",
-                "created": 0,
-                "owned_by": allowed[0].upstream.provider,
-            }
-            if model.context_window is not None:
-                entry["max_model_len"] = model.context_window
+            model, upstream = allowed[0].model, allowed[0].upstream
+            entry = {"id": name, "object": "model", "created": 0, "owned_by": upstream.provider}
+            window = model.context_window or upstream.windows.get(model.name)
+            if window is not None:
+                entry["max_model_len"] = window
             data.append(entry)
         return send_json(request, {"object": "list", "data": data})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, cast
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from gateway.catalog import Offer, Table, nearest
-from gateway.errors import BadRequest, BodyTooLarge, Forbidden, ModelNotFound, NotFound, RequestTimeout
+from gateway.catalog import Offer, Table, Tiers, nearest
+from gateway.errors import BadRequest, BodyTooLarge, Forbidden, ModelNotFound, NoCapacity, NotFound, RequestTimeout
 from gateway.exchange import Exchange
 from gateway.wire.body import Body
 from gateway.wire.headers import request_headers
@@ -26,6 +26,8 @@ TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "
 TOOLS_REMOVED: Final = ("X-Gateway-Tools", "removed")
 #: A body's rate is judged only after this time, so that a slow start is no offence.
 RATE_GRACE_S: Final = 5.0
+#: when to ask again for a model whose host names resolve to nothing
+HOSTLESS_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +40,26 @@ class BodyLimits:
 
 
 class Plan:
-    """What to send, and to whom it may go. `offers` is never empty."""
+    """What to send, and to whom it may go: `tiers` are the model's pool and then those it falls back on, each one
+    with what this caller may use and this request can use. There is one at least, and none is empty.
+    """
 
-    __slots__ = ("body", "headers", "native", "offers", "operation", "remove", "replace", "strip_usage", "tools")
+    __slots__ = ("body", "headers", "native", "operation", "remove", "replace", "strip_usage", "tiers")
 
-    def __init__(self, body: Body, offers: tuple[Offer, ...], operation: str, native: str) -> None:
+    def __init__(self, body: Body, tiers: Tiers, operation: str, native: str) -> None:
         self.body = body
-        self.offers = offers
+        self.tiers = tiers
         self.operation = operation
         self.native = native
         self.headers: list[tuple[bytes, bytes]] = []
         self.replace: dict[str, bytes] = {}
         self.remove: tuple[str, ...] = ()
-        self.tools = False  # the request speaks of tools
         self.strip_usage = False  # set by dispatch: we asked for a usage chunk that the client did not
+
+    @property
+    def offers(self) -> tuple[Offer, ...]:
+        """The first tier."""
+        return self.tiers[0]
 
 
 def read_now(request: web.BaseRequest, limits: BodyLimits) -> bytes | None:
@@ -120,7 +128,7 @@ def resolve(
     """Understand the body and choose the offers it may go to. Raises the error that names what is wrong."""
     body = exchange.body = Body.parse(raw)
     provider = _provider(body, surface, table)
-    pools: Mapping[str, tuple[Offer, ...]] = table.pools if provider is None else table.by_provider[provider]
+    pools = table.pools if provider is None else table.by_provider[provider]
     name = body.model
     if not name:
         raise BadRequest(
@@ -134,20 +142,23 @@ def resolve(
             param=surface.needs,
         )
     exchange.model_asked = name
-    offers = pools.get(name)
-    if offers is None:
+    tiers = pools.tiers.get(name)
+    if tiers is None:
         raise _unknown(name, provider, table, exchange.principal)
     principal = exchange.principal
     if principal is not None and principal.models is not None:
-        offers = tuple(offer for offer in offers if principal.may_use(offer.model.name))
-        if not offers:
+        if not any(principal.may_use(model.name) for model in pools.models[name]):
             raise Forbidden(f"this key may not use {name!r}", param="model", code="model_not_allowed")
-    plan = Plan(body, offers, surface.operation, surface.native)
+        tiers = _kept(tiers, lambda offer: principal.may_use(offer.model.name))
+    elif not tiers[0]:
+        tiers = tiers[1:]
+    if not tiers:
+        raise NoCapacity(f"no host that serves {name!r} is known now", param="model", retry_after_s=HOSTLESS_S)
+    plan = Plan(body, tiers, surface.operation, surface.native)
     plan.headers = request_headers(request.raw_headers)
     if surface.local and body.has("provider"):
         plan.remove = ("provider",)
     if not TOOL_FIELDS.isdisjoint(body.keys()):
-        plan.tools = True
         _choose_for_tools(exchange, plan, name, reject_tools)
     stream = surface.stream
     if stream is None:
@@ -162,10 +173,12 @@ def resolve(
 
 
 def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -> None:
-    """Leave the offers that support tools; where there is none, refuse, or say that the tools are taken out."""
-    able = tuple(offer for offer in plan.offers if offer.model.supports_tools)
-    if able:
-        plan.offers = able
+    """Leave the offers that support tools. Where the model itself has none, refuse, or take the tools out and say so:
+    then for every offer, for the client is told before it is known who answers.
+    """
+    able = _kept(plan.tiers, lambda offer: offer.model.supports_tools)
+    if any(offer.model.supports_tools for offer in plan.offers):
+        plan.tiers = able
     elif reject:
         raise BadRequest(
             f"{name!r} does not support tools (`supportsTools` is false): send the request without `tools`",
@@ -174,6 +187,13 @@ def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -
         )
     else:
         exchange.headers.append(TOOLS_REMOVED)
+        plan.remove = (*plan.remove, *(field for field in TOOL_FIELDS if plan.body.has(field)))
+
+
+def _kept(tiers: Tiers, keep: Callable[[Offer], bool]) -> Tiers:
+    """What is left of each tier, without those of which nothing is."""
+    left = (tuple(offer for offer in tier if keep(offer)) for tier in tiers)
+    return tuple(tier for tier in left if tier)
 
 
 def _provider(body: Body, surface: Surface, table: Table) -> str | None:
@@ -194,11 +214,11 @@ def _provider(body: Body, surface: Surface, table: Table) -> str | None:
 
 def _names(table: Table, provider: str | None, principal: Principal | None) -> list[str]:
     """The names this caller may ask for, sorted: what a key may not use it does not learn of."""
-    pools: Mapping[str, tuple[Offer, ...]] = table.by_provider[provider] if provider else table.pools
+    pools = table.by_provider[provider] if provider else table.pools
     if principal is None or principal.models is None:
         return sorted(pools)
     return sorted(
-        name for name, offers in pools.items() if any(principal.may_use(offer.model.name) for offer in offers)
+        name for name, models in pools.models.items() if any(principal.may_use(model.name) for model in models)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -47,10 +48,12 @@ class Upstream:
     __slots__ = (
         "api_key",
         "base_url",
+        "draining",
         "failed",
         "health",
         "host",
         "in_flight",
+        "loaded",
         "models",
         "name",
         "netloc",
@@ -61,8 +64,10 @@ class Upstream:
         "runtime",
         "scheme",
         "served",
+        "slots",
         "timeouts",
         "weight",
+        "windows",
     )
 
     def __init__(
@@ -96,6 +101,13 @@ class Upstream:
         self.health = Health()
         #: model names the upstream itself reports, from the last probe that could tell
         self.models: tuple[str, ...] = ()
+        #: those of them that are in memory now, where the runtime tells (Ollama)
+        self.loaded: frozenset[str] = frozenset()
+        #: tokens a model can take here, by name, where the runtime tells
+        self.windows: Mapping[str, int] = {}
+        #: requests the runtime runs at once, where it tells (llama.cpp)
+        self.slots: int | None = None
+        self.draining = False  # an operator's wish: it gets no new request
         self.in_flight = 0
         self.served = 0  # leases ever given: breaks ties between equally loaded upstreams
         self.failed = 0

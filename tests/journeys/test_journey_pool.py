@@ -254,3 +254,18 @@ async def test_tools_go_where_they_are_supported(sims: tuple[SimServer, SimServe
         assert not posts(one)
         assert len(posts(two)) == 4
         assert posts(two)[0].body == json.dumps(chat(**TOOLS)).encode()
+
+
+async def test_one_public_name_for_what_runtimes_call_differently() -> None:
+    async with SimServer(models=("Qwen/Qwen3-32B",)) as vllm, SimServer(models=("qwen3:32b",)) as ollama:
+        here = gateway(
+            provider("vllm", vllm.url, models=[Model("Qwen/Qwen3-32B", "Qwen3", aliases=("qwen3",))]),
+            provider("ollama", ollama.url, models=[Model("qwen3:32b", "Qwen3", aliases=("qwen3",))], runtime="ollama"),
+        )
+        async with here as one:
+            answers = [await one.ask("POST", CHAT, chat("qwen3", max_tokens=1)) for _ in range(4)]
+            assert {answer.status for answer in answers} == {200}
+            assert {record.model for record in one.records} == {"Qwen/Qwen3-32B", "qwen3:32b"}
+            assert {record.model_asked for record in one.records} == {"qwen3"}
+            for sim, name in ((vllm, "Qwen/Qwen3-32B"), (ollama, "qwen3:32b")):
+                assert {json.loads(one.body)["model"] for one in posts(sim)} == {name}
