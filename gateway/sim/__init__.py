@@ -8,10 +8,12 @@ and faults on demand. May import: stdlib, orjson, msgspec, httptools; nothing of
         sim.url                                        # "http://127.0.0.1:PORT/v1"; sim.root without /v1
         sim.faults = {"status": 503, "times": 1}       # any time; fields: `Faults`; {} switches them off
         sim.requests[-1].method, .target, .headers, .header("host"), .body, .json(), .connection, .closed_at
+        sim.kill(); await sim.revive()                 # a process's death (kill -9) and restart, on the same port
         sim.connections_open, sim.connections_total, sim.requests_total, sim.aborted, sim.engine.running
 
 Constructor: `SimServer(models=("sim",), *, engine=None, faults=None, ssl=None, host="127.0.0.1", port=0,
-context=32768, keep=1000, keep_alive_s=5.0, api_key="", opening="")`. Faults of one request: JSON field
+context=32768, keep=1000, keep_alive_s=5.0, api_key="", opening="", start_delay_s=0.0, metrics_lag_s=0.0)`.
+Faults of one request: JSON field
 `"sim": {"cut_at_token": 3}` or the header `x-sim-fault: cut_at_token=3; token_s=0.01`. Server-wide faults apply to
 POST requests, or to the targets that begin with one of `paths` (`{"status": 503, "paths": ["/"]}`: everything).
 
@@ -23,7 +25,8 @@ when `tool_choice` is "required" or names it, or with `"sim": {"tool_call": true
     text      tokenizer, sentences, vectors
     faults    Faults: what to do wrong
     dialect   request body -> Call, errors; shapes: Call -> bytes; exposition: /metrics
-    connection, response, generation, server    the socket side
+    listener, connection, response, generation, server    the socket side
+    control   the door by which a running fleet is broken and mended: faults, kill, revive
     cli       `llm-gateway sim serve`, and `demo_engine()`, the provider shown when no runtime is found
 """
 

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
+from gateway.sim.control import Control
 from gateway.sim.engine import Engine, Pace
 from gateway.sim.faults import NONE, Faults, parse_pairs
 from gateway.sim.server import SimServer
@@ -32,8 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--engines", type=int, default=1, help="how many, on consecutive ports")
     serve.add_argument("--model", action="append", help="model name to serve; may be repeated (default: sim)")
     serve.add_argument("--speed", type=float, default=1.0, help="1: a 32B model on two H100; 0: instant (default: 1)")
+    serve.add_argument("--speeds", type=_speeds, metavar="1,1,0.5", help="one for each engine; says how many, too")
     serve.add_argument("--blocks", type=int, default=20_000, help="KV blocks of 16 tokens of each engine")
     serve.add_argument("--context", type=int, default=32_768, help="longest prompt and answer in tokens")
+    serve.add_argument("--slots", type=int, default=256, help="sequences that an engine works on at a time")
+    serve.add_argument("--start-delay", type=float, default=0.0, metavar="SECONDS", help="what a start takes")
+    serve.add_argument("--metrics-lag", type=float, default=0.0, metavar="SECONDS", help="how old /metrics is")
+    serve.add_argument("--control", type=int, metavar="PORT", help="the door to break the fleet by (see sim/control)")
     serve.add_argument(
         "--fault", action="append", default=[], metavar="KEY=VALUE", help="e.g. cut_at_token=5; may be repeated"
     )
@@ -62,17 +68,29 @@ async def _serve(args: argparse.Namespace, faults: Faults) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     models = tuple(args.model or ["sim"])
+    speeds = args.speeds or [args.speed] * args.engines
+    fleet: list[SimServer] = []
     async with AsyncExitStack() as stack:
-        for index in range(args.engines):
+        for index, speed in enumerate(speeds):
             server = SimServer(
                 models,
-                engine=Engine(speed=args.speed, blocks=args.blocks),
+                engine=Engine(speed=speed, blocks=args.blocks, max_sequences=args.slots),
                 faults=faults,
                 host=args.host,
                 port=args.port + index if args.port else 0,
                 context=args.context,
                 keep=0,
+                start_delay_s=args.start_delay,
+                metrics_lag_s=args.metrics_lag,
             )
             await stack.enter_async_context(server)
+            fleet.append(server)
             print(f"simulated engine {index + 1}: {server.url}  models: {', '.join(models)}", flush=True)
+        if args.control is not None:
+            control = await stack.enter_async_context(Control(fleet, args.control))
+            print(f"control: {control.root}/sim", flush=True)
         await stop.wait()
+
+
+def _speeds(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]

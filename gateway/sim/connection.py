@@ -15,7 +15,7 @@ import orjson
 from gateway.sim.faults import Faults
 
 if TYPE_CHECKING:
-    from gateway.sim.server import SimServer
+    from gateway.sim.listener import Listener
 
 
 class Received:
@@ -75,7 +75,7 @@ class Received:
 class Connection(asyncio.Protocol):
     """Requests are answered one after the other; pipelined ones wait."""
 
-    def __init__(self, server: SimServer) -> None:
+    def __init__(self, server: Listener) -> None:
         self.server = server
         self.loop = server.loop
         self.number = 0

@@ -190,6 +190,16 @@ class Engine:
         self._pauses = 0
         self._planned: list[tuple[_Sequence, int]] = []
 
+    def blank(self) -> Engine:
+        """One like this, as it was when it was made."""
+        return Engine(
+            speed=self.speed,
+            pace=self.pace,
+            blocks=self.pool.total,
+            max_sequences=self.max_sequences,
+            step_tokens=self.step_tokens,
+        )
+
     @property
     def running(self) -> int:
         return len(self._running)

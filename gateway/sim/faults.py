@@ -40,6 +40,8 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cut_with: Literal["fin", "rst"] = "fin"
     clean_cut_at_token: int | None = None  # well-framed end without finish_reason or [DONE], as Ollama's runner dies
     error_event_at_token: int | None = None  # error event, then [DONE], as vLLM's worker dies
+    kill_at_token: int | None = None  # the whole engine dies, as from kill -9
+    down_s: float | None = None  # and starts again after this long; None: when it is told to
     stall_at_token: int | None = None  # no more bytes, no close, as llama-server after SIGTERM
     ping_s: float = 0.0  # while nothing else is sent: the comment ":\n\n" this often, as llama-server
 
@@ -69,7 +71,13 @@ class Faults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     @property
     def stops_after(self) -> int | None:
         """The token after which the engine goes no further for this request."""
-        points = (self.cut_at_token, self.clean_cut_at_token, self.error_event_at_token, self.stall_at_token)
+        points = (
+            self.cut_at_token,
+            self.clean_cut_at_token,
+            self.error_event_at_token,
+            self.kill_at_token,
+            self.stall_at_token,
+        )
         return min((point for point in points if point is not None), default=None)
 
     def merged(self, changes: Mapping[str, Any]) -> Faults:

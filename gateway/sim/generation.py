@@ -200,6 +200,11 @@ class Generation:
         if at == faults.stall_at_token:
             response.flush()
             return
+        if at == faults.kill_at_token:
+            response.flush()
+            # what was written has left by then, also with uvloop, which writes at the end of its turn
+            self.server.loop.call_later(0.001, self.server.kill, faults.down_s)
+            return
         self.drop()
         if at == faults.cut_at_token:
             if self.call.stream:

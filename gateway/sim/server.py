@@ -8,8 +8,6 @@ import ssl as tls
 import time
 from collections import deque
 from collections.abc import Mapping
-from email.utils import formatdate
-from types import TracebackType
 from typing import Any
 
 import orjson
@@ -20,6 +18,7 @@ from gateway.sim.engine import Engine, Request
 from gateway.sim.exposition import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram, exposition
 from gateway.sim.faults import NONE, Faults, parse_pairs
 from gateway.sim.generation import Generation
+from gateway.sim.listener import Listener
 from gateway.sim.response import Response
 from gateway.sim.shapes import embeddings_body, models_body
 
@@ -34,12 +33,13 @@ _ROUTES = {
 }
 
 
-class SimServer:
+class SimServer(Listener):
     """`async with SimServer() as sim:` listens on `sim.url` ("http://127.0.0.1:PORT/v1") until the block is left.
 
     `faults` may be set at any time, as `Faults` or as a mapping; a request's own come over it. `requests` holds the
     last `keep` requests received. `context` is max_model_len; `keep_alive_s` when an idle connection is closed (vLLM:
-    5 s; None: never); `opening` begins every answer's text.
+    5 s; None: never); `opening` begins every answer's text. `kill()` and `revive()` are a process's death and restart;
+    each start takes `start_delay_s`. `/metrics` shows what was true `metrics_lag_s` ago.
     """
 
     def __init__(
@@ -56,121 +56,125 @@ class SimServer:
         keep_alive_s: float | None = 5.0,
         api_key: str = "",
         opening: str = "",
+        start_delay_s: float = 0.0,
+        metrics_lag_s: float = 0.0,
     ) -> None:
+        super().__init__(host, port, ssl, keep)
         self.models = models
         self.engine = engine or Engine()
-        self.host = host
-        self.port = port
         self.context = context
         self.keep_alive_s = keep_alive_s
         self.api_key = api_key
         self.opening = opening
-        self.requests: deque[Received] = deque(maxlen=keep)
-        self.requests_total = 0
-        self.connections_total = 0
+        self.start_delay_s = start_delay_s
+        self.metrics_lag_s = metrics_lag_s
+        self.faults = faults or NONE
+        self.tokens_before = (0, 0)  # prompt and generation tokens of the engines that were killed
+        self._reset_counters()
+        self._generations: dict[Any, Generation] = {}
+        self._starting: asyncio.Task[None] | None = None
+        self._tick_at = math.inf
+        self._tick_handle: asyncio.Handle | None = None
+        self._serial = 0
+        self._pages: deque[tuple[float, str]] = deque()  # of /metrics, oldest first
+        self._sampling: asyncio.TimerHandle | None = None
+
+    def _reset_counters(self) -> None:
         self.aborted = 0  # generations the client walked away from
         self.finished = {"stop": 0, "length": 0, "tool_calls": 0}
         self.first_token_s = Histogram(TTFT_BUCKETS)
         self.inter_token_s = Histogram(ITL_BUCKETS)
         self.request_s = Histogram(E2E_BUCKETS)
-        self.loop: asyncio.AbstractEventLoop = None  # type: ignore[assignment]  # set by start
-        self._ssl = ssl
-        self._faults = NONE
-        self._faulted = 0
-        self.faults = faults or NONE
-        self._listener: asyncio.Server | None = None
-        self._connections: set[Connection] = set()
-        self._all_lost = asyncio.Event()
-        self._all_lost.set()
-        self._generations: dict[Any, Generation] = {}
-        self._tick_at = math.inf
-        self._tick_handle: asyncio.Handle | None = None
-        self._serial = 0
-        self._common: tuple[int, bytes] = (0, b"")
 
     # life
 
     async def start(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self._listener = await self.loop.create_server(
-            lambda: Connection(self), self.host, self.port, ssl=self._ssl, backlog=4096
-        )
-        self.port = self._listener.sockets[0].getsockname()[1]
+        await super().start()
+        if self.metrics_lag_s:
+            self._sample()
+
+    async def listen(self) -> None:
+        """Serve `start_delay_s` from now; until then nothing listens, as while vLLM loads its model."""
+        if self.start_delay_s:
+            self._start_in(self.start_delay_s)
+        else:
+            await super().listen()
+
+    def _start_in(self, seconds: float) -> None:
+        if self._starting is None:
+            self._starting = self.loop.create_task(self._listen_in(seconds), name=f"start of {self!r}")
+
+    async def _listen_in(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        self._starting = None
+        await super().listen()
+
+    def kill(self, down_s: float | None = None) -> None:
+        """Die as from kill -9, and start again after `down_s`, if it is given.
+
+        What the engine had goes with it: its requests, its cache, its counters.
+        """
+        for connection in self._connections:
+            connection.work = None  # no client has left it: we did
+        self._end()
+        prompt, generated = self.tokens_before
+        engine = self.engine
+        self.tokens_before = (prompt + engine.prompt_tokens_total, generated + engine.generation_tokens_total)
+        self.engine = engine.blank()
+        self._generations.clear()
+        self._reset_counters()
+        if down_s is not None:
+            self._start_in(down_s + self.start_delay_s)
+
+    async def revive(self) -> None:
+        """Start again: listening when this returns, unless a start takes its time."""
+        await self.listen()
 
     async def stop(self) -> None:
-        """Stop listening and drop every connection."""
-        if self._listener is None:
-            return
-        listener, self._listener = self._listener, None
-        listener.close()
-        for connection in list(self._connections):
-            connection.transport.abort()
-        await listener.wait_closed()
-        await self._all_lost.wait()
+        self._end()
+        if self._sampling is not None:
+            self._sampling.cancel()
+        await super().stop()
+
+    def _end(self) -> None:
+        self.drop()
+        if self._starting is not None:
+            self._starting.cancel()
+            self._starting = None
         if self._tick_handle is not None:
             self._tick_handle.cancel()
-
-    async def __aenter__(self) -> SimServer:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
+            self._tick_handle = None
+        self._tick_at = math.inf
 
     @property
-    def root(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self._ssl else 'http'}://{host}:{self.port}"
+    def tokens_ever(self) -> tuple[int, int]:
+        """Prompt and generation tokens, those of killed engines among them."""
+        prompt, generated = self.tokens_before
+        return prompt + self.engine.prompt_tokens_total, generated + self.engine.generation_tokens_total
 
     @property
     def url(self) -> str:
         """The OpenAI base URL."""
         return self.root + "/v1"
 
-    @property
-    def faults(self) -> Faults:
-        return self._faults
-
-    @faults.setter
-    def faults(self, value: Faults | Mapping[str, Any]) -> None:
-        self._faults = value if isinstance(value, Faults) else NONE.merged(value)
-        self._faulted = 0
-
-    @property
-    def connections_open(self) -> int:
-        return len(self._connections)
-
     def __repr__(self) -> str:
         return f"<SimServer {self.root} {','.join(self.models)} running={self.engine.running}>"
 
-    # for connections and generations
-
-    def opened(self, connection: Connection) -> int:
-        self._connections.add(connection)
-        self._all_lost.clear()
-        self.connections_total += 1
-        return self.connections_total
-
-    def lost(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+    def _sample(self) -> None:
+        """Keep the pages of the last `metrics_lag_s`."""
         now = self.loop.time()
-        for received in self.requests:
-            if received.connection == connection.number:
-                received.closed_at = now
-        if not self._connections:
-            self._all_lost.set()
+        self._pages.append((now, exposition(self)))
+        while len(self._pages) > 1 and self._pages[1][0] <= now - self.metrics_lag_s:
+            self._pages.popleft()
+        self._sampling = self.loop.call_later(min(self.metrics_lag_s / 8, 0.5), self._sample)
+
+    def metrics_page(self) -> str:
+        return self._pages[0][1] if self._pages else exposition(self)
+
+    # for connections and generations
 
     def created(self) -> int:
         return int(time.time())
-
-    def common_headers(self) -> bytes:
-        now = int(time.time())
-        if self._common[0] != now:
-            date = formatdate(now, usegmt=True).encode()
-            self._common = (now, b"date: %b\r\nserver: simulated-engine\r\nvary: Origin\r\n" % date)
-        return self._common[1]
 
     def submit(self, request: Request, generation: Generation) -> None:
         self.engine.submit(request, self.loop.time())
@@ -301,7 +305,7 @@ class SimServer:
         elif path == "/version":
             self._reply(response, received, 200, orjson.dumps({"version": VERSION}))
         else:
-            text = exposition(self).encode()
+            text = self.metrics_page().encode()
             self._reply(response, received, 200, text, "text/plain; version=0.0.4; charset=utf-8")
 
     def _authorized(self, received: Received) -> bool:
