@@ -12,19 +12,20 @@ and faults on demand. May import: stdlib, orjson, msgspec, httptools; nothing of
         sim.connections_open, sim.connections_total, sim.requests_total, sim.aborted, sim.engine.running
 
 Constructor: `SimServer(models=("sim",), *, engine=None, faults=None, ssl=None, host="127.0.0.1", port=0,
-context=32768, keep=1000, keep_alive_s=5.0, api_key="", opening="", start_delay_s=0.0, metrics_lag_s=0.0)`.
-Faults of one request: JSON field
+context=32768, keep=1000, keep_alive_s=5.0, api_key="", opening="", start_delay_s=0.0, metrics_lag_s=0.0,
+dialect="vllm")`; the dialect "llama.cpp" is that of its answers only. Faults of one request: JSON field
 `"sim": {"cut_at_token": 3}` or the header `x-sim-fault: cut_at_token=3; token_s=0.01`. Server-wide faults apply to
 POST requests, or to the targets that begin with one of `paths` (`{"status": 503, "paths": ["/"]}`: everything).
 
 Answers: without `max_tokens` 64 tokens ending in "stop" (the end token counts); with it exactly that many, "length";
-`"sim": {"tokens": 20}` sets the natural length. The same model and prompt always give the same text. A tool is called
-when `tool_choice` is "required" or names it, or with `"sim": {"tool_call": true}`.
+`"sim": {"tokens": 20}` sets the natural length. The same model and prompt always give the same text; given its
+beginning (a final message to continue, a prompt that ends with it), its rest. A tool is called when `tool_choice` is
+"required" or names it, or with `"sim": {"tool_call": true}`.
 
     engine    the engine model, pure, on a clock passed in
     text      tokenizer, sentences, vectors
     faults    Faults: what to do wrong
-    dialect   request body -> Call, errors; shapes: Call -> bytes; exposition: /metrics
+    dialect   request body -> Call, errors; shapes, llamacpp: Call -> bytes; exposition: /metrics
     listener, connection, response, generation, server    the socket side
     control   the door by which a running fleet is broken and mended: faults, kill, revive
     cli       `llm-gateway sim serve`, and `demo_engine()`, the provider shown when no runtime is found

@@ -1,23 +1,30 @@
 """vLLM's dialect, sans I/O: a request's body -> `Call`, a call's progress -> the exact bytes vLLM sends.
 
 Shapes, key order and chunk order are those recorded from vLLM 0.32.0 (OpenAI API server). Not modelled: logprobs,
-guided output, reasoning, /v1/messages and /v1/responses.
+guided output, reasoning, /v1/messages and /v1/responses. llama.cpp's dialect differs in what an answer looks like
+(`llamacpp`), in answering as its own model whatever it is asked for, and in continuing a trailing assistant message
+unasked; its errors and metrics are not modelled.
+
+An answer that is asked for again with its beginning given (a prompt that ends with it, or a final message to be
+continued) goes on as it would have, to the same end: what a test of a continuation compares.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
 from gateway.sim.engine import chain
 from gateway.sim.faults import Faults
-from gateway.sim.text import cut_at_stop, tokenize, write
+from gateway.sim.text import beginnings, cut_at_stop, rest, tokenize, write
 
 VERSION = "0.32.0"
 FINGERPRINT = b'"vllm-0.32.0-2a756906"'
 DEFAULT_OUTPUT_TOKENS = 64
 _END = "<|im_end|>"
+
+Dialect = Literal["vllm", "llama.cpp"]
 
 
 class ApiError(Exception):
@@ -62,16 +69,20 @@ class Call:
         "chat",
         "choices",
         "continuous_usage",
+        "dialect",
         "faults",
         "include_usage",
         "model",
+        "prefill",
         "prompt_lengths",
         "prompt_tokens",
         "stream",
     )
 
-    def __init__(self, chat: bool, model: str, stream: bool, faults: Faults) -> None:
+    def __init__(self, chat: bool, model: str, stream: bool, faults: Faults, dialect: Dialect = "vllm") -> None:
         self.chat = chat
+        self.dialect = dialect
+        self.prefill = ""  # the final message that is continued
         self.model = model
         self.stream = stream
         self.faults = faults
@@ -114,24 +125,31 @@ def model_of(body: dict[str, Any], models: tuple[str, ...]) -> str:
 
 
 def parse_call(
-    body: dict[str, Any], chat: bool, models: tuple[str, ...], context: int, faults: Faults, opening: str = ""
+    body: dict[str, Any],
+    chat: bool,
+    models: tuple[str, ...],
+    context: int,
+    faults: Faults,
+    opening: str = "",
+    dialect: Dialect = "vllm",
 ) -> Call:
     """ApiError for what vLLM refuses. `context`: tokens of prompt and answer; `opening` begins every answer."""
-    model = model_of(body, models)
+    llamacpp = dialect == "llama.cpp"
+    model = models[0] if llamacpp else model_of(body, models)
     own = body.get("sim")
     if own is not None:
         try:
             faults = faults.merged(own)
         except (TypeError, ValueError) as error:
             raise ApiError(400, "BadRequestError", f"sim: {error}", "sim") from None
-    call = Call(chat, model, bool(body.get("stream")), faults)
+    call = Call(chat, model, bool(body.get("stream")), faults, dialect)
     options = body.get("stream_options") or {}
     call.include_usage = call.stream and bool(options.get("include_usage"))
     call.continuous_usage = call.include_usage and bool(options.get("continuous_usage_stats"))
     limit = _integer(body, "max_completion_tokens")
     if limit is None:
         limit = _integer(body, "max_tokens")
-    if limit is None and not chat:
+    if limit is None and not (chat or llamacpp):
         limit = 16  # the completions API's own default
     temperature = body.get("temperature")
     if isinstance(temperature, (int, float)) and temperature < 0:
@@ -150,7 +168,7 @@ def parse_call(
     stops = [stop] if isinstance(stop, str) else [s for s in stop if isinstance(s, str)]
     count = _integer(body, "n") or 1
     tool = _forced_tool(body, faults) if chat else None
-    for prompt, prefill in [_chat_prompt(body)] if chat else _completion_prompts(body):
+    for prompt, prefill in [_chat_prompt(body, llamacpp)] if chat else _completion_prompts(body):
         length = len(prompt)
         room = context - length
         if room < (limit or 1):
@@ -162,11 +180,23 @@ def parse_call(
                 length,
             )
         call.prompt_tokens += length
+        call.prefill = "".join(prefill)
+        text = "".join(prompt)
+        most = min(limit or faults.tokens or DEFAULT_OUTPUT_TOKENS, room)
         for index in range(count):
-            seed = f"{model}\0{index}\0" + "".join(prompt[: length - len(prefill)] if prefill else prompt)
-            choice = _answer(seed, limit, room, stops, tool, prefill, faults, opening)
-            if not chat and choice.pieces and not prefill:
-                choice.pieces[0] = " " + choice.pieces[0]
+            asked = f"{model}\0{index}\0"
+            if chat:
+                seed = asked + "".join(prompt[: length - len(prefill)])
+                begun = rest(seed, call.prefill, most, opening) if prefill else None
+                choice = _answer(seed, limit, room, stops, tool, begun, faults, opening, bool(prefill))
+            else:
+                seed, begun = asked + text, None
+                for at in beginnings(text, opening):
+                    found = rest(asked + text[:at], text[at + 1 :], most, opening)
+                    if found is not None:
+                        seed, begun = asked + text[:at], found
+                        break
+                choice = _answer(seed, limit, room, stops, tool, begun, faults, opening, begun is None)
             call.choices.append(choice)
             call.prompt_lengths.append(length)
             made = choice.pieces if choice.tokens == len(choice.pieces) else [*choice.pieces, _END]
@@ -180,10 +210,14 @@ def _answer(
     room: int,
     stops: list[str],
     tool: tuple[str, str, str] | None,
-    prefill: list[str],
+    begun: tuple[list[str], int] | None,
     faults: Faults,
     opening: str,
+    spaced: bool,
 ) -> Choice:
+    """`begun`: what follows the beginning that the prompt ends with, and that beginning's length in tokens; `spaced`:
+    an answer from its own beginning follows text, after a space.
+    """
     # Without `max_tokens` the answer has a natural end; with it, unless a length was asked for, it fills it exactly.
     natural = faults.tokens or (DEFAULT_OUTPUT_TOKENS if limit is None else room + 1)
     if tool is not None:
@@ -193,34 +227,22 @@ def _answer(
             return Choice(pieces[:limit], "length", None, name)
         return Choice(pieces, finish, None, name)
     most = min(limit or room, room)
-    wanted = min(natural - 1, most)
-    if prefill:
-        pieces = _continue(seed, "".join(prefill), wanted, opening)
+    if begun is not None:
+        left, done = begun
+        wanted = max(min(natural - 1 - done, most), 0)
+        pieces = left[:wanted]
     else:
+        wanted = min(natural - 1, most)
         pieces = write(seed, wanted, opening)
+        if spaced and pieces:
+            pieces[0] = " " + pieces[0]
     pieces, stop_reason = cut_at_stop(pieces, stops)
     if stop_reason is not None or wanted < most:
         return Choice(pieces, "stop", stop_reason, None)
     return Choice(pieces, "length", None, None)
 
 
-def _continue(seed: str, prefill: str, wanted: int, opening: str) -> list[str]:
-    """The rest of the answer that begins with `prefill`, or, if ours does not, simply another text."""
-    pieces = write(seed, len(tokenize(prefill)) + wanted + 1, opening)
-    if not "".join(pieces).startswith(prefill):
-        pieces = write(seed, wanted)
-        if pieces:
-            pieces[0] = " " + pieces[0]
-        return pieces
-    position = 0
-    for at, piece in enumerate(pieces):
-        if position + len(piece) > len(prefill):
-            return [piece[len(prefill) - position :], *pieces[at + 1 :]][:wanted]
-        position += len(piece)
-    return []
-
-
-def _chat_prompt(body: dict[str, Any]) -> tuple[list[str], list[str]]:
+def _chat_prompt(body: dict[str, Any], llamacpp: bool) -> tuple[list[str], list[str]]:
     """The tokens of a ChatML prompt, and those of the answer's beginning if the last message is to be continued."""
     if "messages" not in body:
         raise _missing("messages", body)
@@ -242,7 +264,8 @@ def _chat_prompt(body: dict[str, Any]) -> tuple[list[str], list[str]]:
             raise _wrong_type("body.messages", "dict_type", "a valid dictionary with a role", message)
         content = tokenize(_plain(message))
         tokens += ["<|im_start|>", message["role"], "\n", *content, _END, "\n"]
-    if body.get("continue_final_message") and not body.get("add_generation_prompt", True):
+    asked = body.get("continue_final_message") and not body.get("add_generation_prompt", True)
+    if asked or (llamacpp and messages[-1]["role"] == "assistant"):
         return tokens[:-2], content
     return [*tokens, "<|im_start|>", "assistant", "\n"], []
 

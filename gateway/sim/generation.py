@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gateway.sim.connection import Connection, Received
 from gateway.sim.dialect import DONE, ENGINE_DEAD, ERROR_EVENT, Call, error_body
 from gateway.sim.engine import Event, Request
+from gateway.sim.llamacpp import LlamaCppShape
 from gateway.sim.response import Response
 from gateway.sim.shapes import Shape
 
@@ -49,7 +50,7 @@ class Generation:
         self.received = received
         self.call = call
         self.serial = serial
-        self.shape = Shape(call, serial, created)
+        self.shape = (LlamaCppShape if call.dialect == "llama.cpp" else Shape)(call, serial, created)
         self.response = Response(connection, call.faults, received.keep_alive)
         self._choices = len(call.choices)
         self._made = [0] * self._choices  # tokens the engine has made
@@ -92,7 +93,7 @@ class Generation:
         server = self.server
         if self._first_at == 0.0:
             self._first_at = now
-            self._cached = event.cached_tokens
+            self._cached = self.shape.cached = event.cached_tokens
             server.first_token_s.add(now - self.received.at)
             made -= 1
         if made > 0:
@@ -170,9 +171,8 @@ class Generation:
             return [self.shape.role(index)]
         choice = self.call.choices[index]
         made = sum(sent for sent in self._sent if sent > 0)
-        last = at == choice.tokens - 1
-        if last and not (choice.tool is not None and choice.finish == "length"):
-            return [self.shape.finish(index, made)]
+        if at == choice.tokens - 1:
+            return self.shape.ending(index, made)
         if not choice.pieces[at] and choice.tool is None:
             return []  # swallowed by a stop string
         payload = self.shape.piece(index, at, made)
@@ -180,7 +180,7 @@ class Generation:
         if at == 0 and index == 0 and missing > 0:
             choice.pieces[0] += "x" * missing
             payload = self.shape.piece(index, at, made)
-        return [payload, self.shape.finish(index, made)] if last else [payload]
+        return [payload]
 
     def _every_event(self) -> list[bytes]:
         """The whole stream in advance, for a content-length: the text is known, only its timing is not."""

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from gateway.sim.connection import Connection, Received
-from gateway.sim.dialect import VERSION, ApiError, Call, error_body, load, model_of, parse_call
+from gateway.sim.dialect import VERSION, ApiError, Call, Dialect, error_body, load, model_of, parse_call
 from gateway.sim.engine import Engine, Request
 from gateway.sim.exposition import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram, exposition
 from gateway.sim.faults import NONE, Faults, parse_pairs
@@ -58,6 +58,7 @@ class SimServer(Listener):
         opening: str = "",
         start_delay_s: float = 0.0,
         metrics_lag_s: float = 0.0,
+        dialect: Dialect = "vllm",
     ) -> None:
         super().__init__(host, port, ssl, keep)
         self.models = models
@@ -66,6 +67,7 @@ class SimServer(Listener):
         self.keep_alive_s = keep_alive_s
         self.api_key = api_key
         self.opening = opening
+        self.dialect = dialect
         self.start_delay_s = start_delay_s
         self.metrics_lag_s = metrics_lag_s
         self.faults = faults or NONE
@@ -320,7 +322,7 @@ class SimServer(Listener):
             self._reply(Response(connection, faults, received.keep_alive), received, 200, answer)
             return
         chat = path == "/v1/chat/completions"
-        call = parse_call(body, chat, self.models, self.context, faults, self.opening)
+        call = parse_call(body, chat, self.models, self.context, faults, self.opening, self.dialect)
         own = call.faults
         if own is faults:
             self._generate(connection, received, call)

@@ -17,10 +17,11 @@ _DETAILS = b',"prompt_tokens_details":{"cached_tokens":%d,"created_cache_tokens"
 class Shape:
     """Writes one call's answer. Every method returns one whole SSE event, or, `whole`, the unstreamed body."""
 
-    __slots__ = ("_after", "_between", "_head", "_last", "_trailing", "call", "id", "usage_mode")
+    __slots__ = ("_after", "_between", "_head", "_last", "_trailing", "cached", "call", "id", "usage_mode")
 
     def __init__(self, call: Call, serial: int, created: int) -> None:
         self.call = call
+        self.cached = 0  # tokens of the prompt that were cached, once that is known
         self.usage_mode = call.faults.usage
         kind = b"chat.completion.chunk" if call.chat else b"text_completion"
         self.id = b"%b-%016x" % (b"chatcmpl" if call.chat else b"cmpl", serial)
@@ -72,6 +73,14 @@ class Shape:
         else:
             delta = b'{"content":null,"tool_calls":[{"index":0,"function":{"arguments":%b}}]}' % text
         return self._head + self._between % (index, delta, self._running_usage(made))
+
+    def ending(self, index: int, made: int) -> list[bytes]:
+        """The last token, and that it was the last."""
+        choice = self.call.choices[index]
+        finish = self.finish(index, made)
+        if choice.tool is not None and choice.finish == "length":
+            return [self.piece(index, choice.tokens - 1, made), finish]
+        return [finish]
 
     def finish(self, index: int, made: int) -> bytes:
         """The chunk with finish_reason: with the last token's text, or empty where an end token was the last."""

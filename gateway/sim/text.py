@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -45,6 +46,10 @@ Their house stands where the road bends away from the river.
 The answer was simple, but it took the whole evening to find it.""".splitlines()
 
 _PIECES = [[" " + first, *rest] for first, *rest in (_TOKEN.findall(line) for line in _SENTENCES)]
+_WHOLE = [" " + line for line in _SENTENCES]
+#: every beginning of a sentence that is not all of it; two characters long or more, the first a blank
+_BEGUN = frozenset(line[:end] for line in _WHOLE for end in range(2, len(line)))
+_LONGEST = max(map(len, _BEGUN))
 
 
 def tokenize(text: str) -> list[str]:
@@ -71,6 +76,44 @@ def _write(state: int, count: int, opening: str) -> tuple[str, ...]:
     if pieces:
         pieces[0] = pieces[0].lstrip(" ")
     return tuple(pieces)
+
+
+def rest(seed: str, begun: str, count: int, opening: str = "") -> tuple[list[str], int] | None:
+    """The next `count` tokens after `begun` in the answer that `seed` leads to, and how many tokens `begun` is; None
+    if that answer begins otherwise. What is left of a token cut in two is one, and counts for `begun` as well.
+    """
+    pieces = write(seed, len(tokenize(begun)) + count + 1, opening)
+    if not "".join(pieces).startswith(begun):
+        return None
+    position = 0
+    for at, piece in enumerate(pieces):
+        position += len(piece)
+        if position > len(begun):
+            left = piece[len(begun) - position :]
+            done = at + (left != piece)
+            return [left, *pieces[at + 1 :]][:count], done
+    return [], len(pieces)
+
+
+def beginnings(text: str, opening: str = "") -> Iterator[int]:
+    """Where in `text` an answer of ours, cut anywhere, may begin that goes to the end of `text`; the earliest first."""
+    end = len(text)
+    found = []
+    for length in range(min(_LONGEST, end), 1, -1):
+        if text[end - length :] in _BEGUN:
+            end -= length
+            found.append(end)
+            break
+    while (line := next((line for line in _WHOLE if text.endswith(line, 0, end)), None)) is not None:
+        end -= len(line)
+        found.append(end)
+    if opening:
+        first = " " + opening.lstrip(" ")
+        for length in range(len(first), 1, -1):
+            if text.endswith(first[:length], 0, end):
+                found.append(end - length)
+                break
+    return reversed(found)
 
 
 def cut_at_stop(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]:
