@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes requirements.lock (run) and requirements-dev.lock (run, test, check) from setup.cfg and pyproject.toml.
+# Makes requirements.lock (run, with tokens) and requirements-dev.lock (run, test, check) from setup.cfg and pyproject.toml.
 # Takes uv from PATH, or installs it for this one run. Arguments go to uv: --upgrade, --upgrade-package NAME.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +20,6 @@ compile() {
     "$uv" pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
         --no-annotate "$@"
 }
-compile setup.cfg "$work/build.in" -o requirements.lock "${@}"
-compile setup.cfg "$work/build.in" --extra test --extra check -c requirements.lock -o requirements-dev.lock "${@}"
+compile setup.cfg "$work/build.in" --extra oidc -o requirements.lock "${@}"
+compile setup.cfg "$work/build.in" --extra oidc --extra test --extra check -c requirements.lock -o requirements-dev.lock "${@}"
 compile tests/runtimes/tools.in -o tests/runtimes/tools.lock "${@}"

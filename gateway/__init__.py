@@ -13,6 +13,7 @@ Rooms
     metrics, log    every metric; the one log line per request
     catalog         providers, models, aliases -> an immutable route Table, swapped whole
     identity        principals (who may do what), keys (made, hashed, looked up)
+    oidc            tokens of a trusted issuer (JWT) instead of keys; optional
     ledger          what was used and owed: a record of each request, journal, sums in the store, reports
     limits          token buckets, slots and budgets: decided here where they can be, in the store where they must
     admin           the operator's side: keys and usage over HTTP

@@ -36,6 +36,10 @@ from gateway.ledger.shipper import Shipper
 from gateway.limits.limiter import Limiter
 from gateway.log import RequestLog
 from gateway.metrics import Level, Metrics
+from gateway.oidc.grants import EVERYBODY
+from gateway.oidc.issuer import Issuer
+from gateway.oidc.signers import Signers
+from gateway.oidc.tokens import Tokens
 from gateway.store.client import Store
 from gateway.upstreams.control import Control
 from gateway.upstreams.health import Prober
@@ -89,11 +93,15 @@ class App:
         self._lag_timer: asyncio.TimerHandle | None = None
         failures = Failures(config.auth_failures_per_min)
         self.metrics.auth_failures = failures.counts
+        self.tokens = self._tokens()
         routes = self._routes()
         self.handle = compose(
-            stack(routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight, self.limiter, UNLIMITED, failures),
+            stack(
+                routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight, self.limiter, UNLIMITED, failures,
+                self.tokens,
+            ),
             Router(routes),
-        )
+        )  # fmt: skip
         # Loopback and open: a scrape is no use of the product, so it is not counted, and Prometheus holds no key.
         system = self._metrics_routes()
         self.handle_metrics = compose(
@@ -134,6 +142,22 @@ class App:
             "/readyz": _get(Ready(self._unready, self._degraded)),
         }
 
+    def _tokens(self) -> Tokens | None:
+        config = self.config
+        if config.oidc_issuer is None:
+            return None
+        issuer = Issuer(
+            url=config.oidc_issuer,
+            audience=config.oidc_audience,
+            jwks_url=config.oidc_jwks_url or "",
+            algorithms=config.oidc_algorithms,
+            leeway_s=config.oidc_leeway_s,
+            name_claim=config.oidc_name_claim,
+            group_claim=config.oidc_group_claim or "",
+            grants=config.oidc_grants or EVERYBODY,
+        )
+        return Tokens(issuer, Signers(self.control.fetch, issuer))
+
     def _ollama(self) -> Upstream | None:
         """The Ollama whose models are managed: the one of OLLAMA_BASE_URL."""
         if self.config.ollama_base_url is None:
@@ -154,6 +178,8 @@ class App:
         self.catalog.rebuild()
         self.prober.start()
         await self.keys.start()
+        if self.tokens is not None:
+            self.tokens.signers.start()
         if self.shipper is not None:
             self.shipper.start()
         self._lag()
@@ -162,6 +188,8 @@ class App:
         if self._lag_timer is not None:
             self._lag_timer.cancel()
         await self.keys.stop()
+        if self.tokens is not None:
+            await self.tokens.signers.stop()
         await self.prober.stop()
         await self.control.close()
         self.transport.close()
@@ -201,6 +229,8 @@ class App:
             found.append(f"the journal cannot be written: {self.journal.failing}")
         if self.store is not None and self.store.trouble:
             found.append(self.store.trouble)
+        if self.tokens is not None and self.tokens.signers.trouble:
+            found.append(self.tokens.signers.trouble)
         return found
 
     def _lag(self, due_at: float = 0.0) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gateway.identity.keys import KeyRing
     from gateway.limits.limiter import Limiter
     from gateway.metrics import Level
+    from gateway.oidc.tokens import Tokens
 
 Answer = Awaitable[web.StreamResponse]
 Handler = Callable[[web.BaseRequest], Answer]
@@ -42,6 +43,7 @@ def stack(
     limiter: Limiter,
     limited_elsewhere: Container[str],
     failures: Failures,
+    tokens: Tokens | None = None,
 ) -> tuple[Middleware, ...]:
     """The order, outermost first. Metrics sees every answer, so that 401 and 429 are counted; errors are rendered
     before metrics reads the status; hygiene comes before auth, since a request that must not be is nobody's.
@@ -56,7 +58,7 @@ def stack(
         Metrics(routes, settle, in_flight),
         Errors(),
         Hygiene(routes),
-        Auth(keys, open_paths, failures),
+        Auth(keys, open_paths, failures, tokens),
         RateLimit(limiter, limited_elsewhere),
     )
 

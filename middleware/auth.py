@@ -1,4 +1,4 @@
-"""Who is asking: an API key, as `Authorization: Bearer` (OpenAI, Ollama) or `x-api-key` (Anthropic)."""
+"""Who is asking: an API key or a token, as `Authorization: Bearer` (OpenAI, Ollama) or `x-api-key` (Anthropic)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from gateway.answer import EXCHANGE
-from gateway.errors import RateLimited, Unauthorized
+from gateway.errors import Forbidden, RateLimited, Unauthorized
 from gateway.identity.failures import Failures
 from gateway.identity.keys import KeyRing
+from gateway.oidc.issuer import looks_like_token
 from middleware import Answer, Handler
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
     from gateway.identity.principals import Principal
+    from gateway.oidc.tokens import Tokens
 
 
 class Auth:
-    """Default deny: only the paths in `open_paths` are answered without a key."""
+    """Default deny: only the paths in `open_paths` are answered without a key, or a token where `tokens` are taken."""
 
-    def __init__(self, keys: KeyRing, open_paths: Container[str], failures: Failures) -> None:
+    def __init__(
+        self, keys: KeyRing, open_paths: Container[str], failures: Failures, tokens: Tokens | None = None
+    ) -> None:
         self._keys = keys
+        self._tokens = tokens
         self._open = open_paths
         self._failures = failures
 
@@ -34,7 +39,11 @@ class Auth:
         if presented is None:
             self._failures.counts["missing"] += 1
             raise Unauthorized("no API key was sent: use `Authorization: Bearer <key>` or `x-api-key: <key>`")
-        if self._failures.addresses:
+        if self._tokens is not None and looks_like_token(presented):
+            principal = self._tokens.known(presented, exchange.began_unix_s)
+            if principal is None or self._failures.addresses:
+                return self._verify(self._tokens, request, presented, handler)
+        elif self._failures.addresses:
             principal = self._careful(request, exchange, presented)
         else:
             principal = self._keys.authenticate(presented, exchange.began_unix_s)
@@ -44,6 +53,37 @@ class Auth:
         exchange.principal = principal
         exchange.key = principal.name
         return handler(request)
+
+    async def _verify(
+        self, tokens: Tokens, request: web.BaseRequest, token: str, handler: Handler
+    ) -> web.StreamResponse:
+        """A token that is new here, or from an address that may have failed lately."""
+        exchange = request[EXCHANGE]
+        now = exchange.began_unix_s
+        failing = self._failures.find(request.remote, exchange.began_at)
+        if failing is not None and (wait_s := self._failures.wait_s(failing)):
+            principal = tokens.known(token, now)
+            if principal is None or principal.key_id not in failing.seen:
+                raise self._limited(wait_s)
+        else:
+            try:
+                principal = await tokens.verify(token, now)
+            except (Unauthorized, Forbidden):
+                self._failures.wrong(request.remote, exchange.began_at)
+                raise
+            if failing is not None:
+                self._failures.right(failing, principal.key_id)
+        exchange.principal = principal
+        exchange.key = principal.name
+        return await handler(request)
+
+    def _limited(self, wait_s: float) -> RateLimited:
+        self._failures.counts["limited"] += 1
+        return RateLimited(
+            "too many wrong API keys came from this address: wait before the next try",
+            code="too_many_wrong_keys",
+            retry_after_s=wait_s,
+        )
 
     def _careful(self, request: web.BaseRequest, exchange: Exchange, presented: str) -> Principal | None:
         """The same while there are addresses that failed lately: is this one of them, and was it wrong too often?"""
@@ -55,12 +95,7 @@ class Auth:
             principal = self._keys.proven(presented, exchange.began_unix_s)
             if principal is not None and principal.key_id in failing.seen:
                 return principal
-            self._failures.counts["limited"] += 1
-            raise RateLimited(
-                "too many wrong API keys came from this address: wait before the next try",
-                code="too_many_wrong_keys",
-                retry_after_s=wait_s,
-            )
+            raise self._limited(wait_s)
         principal = self._keys.authenticate(presented, exchange.began_unix_s)
         if principal is not None:
             self._failures.right(failing, principal.key_id)

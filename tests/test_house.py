@@ -138,6 +138,8 @@ def test_readme_has_every_setting_with_its_flag_and_default() -> None:
             assert default == f"`{str(value).lower()}`"
         elif isinstance(value, float):
             assert default == f"`{value:g}`"
+        elif isinstance(value, tuple) and value:
+            assert default == f"`{','.join(value)}`"
         elif value is not None and value != () and value is not dataclasses.MISSING:  # else made at start
             assert default == f"`{value}`"
 

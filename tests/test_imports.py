@@ -31,9 +31,10 @@ ROOMS: dict[str, frozenset[str]] = {
     "store": frozenset({"errors", "metrics"}),
     "limits": frozenset({"store", "errors"}),
     "identity": frozenset({"store", "limits", "errors"}),
+    "oidc": frozenset({"identity", "limits", "errors"}),
     "ledger": frozenset({"store", "wire", "errors", "exchange"}),
     "upstreams": frozenset({"runtimes", "wire", "errors", "metrics"}),
-    "config": frozenset({"runtimes", "upstreams", "identity", "limits", "store", "errors"}),
+    "config": frozenset({"runtimes", "upstreams", "identity", "limits", "oidc", "store", "errors"}),
     "catalog": frozenset({"config", "upstreams", "runtimes", "errors"}),
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
     "sim": frozenset({"wire", "errors"}),
@@ -58,7 +59,9 @@ ROOMS: dict[str, frozenset[str]] = {
             "errors",
         }
     ),
-    "middleware": frozenset({"answer", "exchange", "errors", "limits", "identity", "metrics", "ledger", "log", "wire"}),
+    "middleware": frozenset(
+        {"answer", "exchange", "errors", "limits", "identity", "oidc", "metrics", "ledger", "log", "wire"}
+    ),
     "app": ANY,
     "welcome": frozenset({"catalog", "config", "detect", "identity", "upstreams", "runtimes", "sim", "errors"}),
     "server": frozenset({"app", "answer", "config", "identity", "log", "errors", "welcome"}),
@@ -79,6 +82,10 @@ PURE = (
     "runtimes",
     "limits.bucket",
     "limits.spec",
+    "identity.fields",
+    "identity.principals",
+    "oidc.grants",
+    "oidc.issuer",
     "upstreams.breaker",
     "upstreams.policies",
     "upstreams.upstream",
@@ -100,6 +107,7 @@ DOORS = {
     "httptools": ("upstreams.connection", "sim"),
     "uvloop": ("server", "cli"),
     "dotenv": ("config",),
+    "joserfc": ("oidc",),
 }
 
 #: names whose use opens connections -> the modules that may use them; the simulator is a program of its own

@@ -11,6 +11,7 @@ from typing import Any
 
 from gateway.config.model import Config, Listen, Problem, Provider, Secret
 from gateway.limits.spec import Limit
+from gateway.oidc.grants import Grant
 
 Row = tuple[str, str, str]
 
@@ -28,6 +29,10 @@ def rows(config: Config) -> list[Row]:
                 found += _provider_rows(config, f"providers[{index}]", provider)
         elif field.name == "limits" and value:
             found += [(f"limits.{limit.name}", _limit_text(limit), origin) for limit in value]
+        elif field.name in ("oidc_audience", "oidc_algorithms"):
+            found.append((field.name, ", ".join(value) or "(none)", origin))
+        elif field.name == "oidc_grants" and value:
+            found += [(f"oidc_grants[{index}]", _grant_text(grant), origin) for index, grant in enumerate(value)]
         elif field.name == "api_keys" and value:
             found += [(f"api_keys.{name}", str(secret), origin) for name, secret in value]
         else:
@@ -39,6 +44,18 @@ def _limit_text(limit: Limit) -> str:
     rate = "" if limit.resource == "concurrent" else f", {limit.per_s:g} per second"
     mode = ", only observed" if limit.observe else ""
     return f"{limit.burst} {limit.resource.replace('_', ' ')} by {limit.scope.replace('_', ' and ')}{rate}{mode}"
+
+
+def _grant_text(grant: Grant) -> str:
+    when = " and ".join(f"{path} is {value}" for path, value in grant.when) or "every token"
+    given = [
+        f"group {grant.group}" if grant.group else "",
+        f"roles {', '.join(grant.roles)}" if grant.roles else "",
+        "all models" if grant.models is None else f"models {', '.join(grant.models) or '(none)'}",
+        *(f"limit {_limit_text(limit)}" for limit in grant.limits),
+        f"budget {grant.budget.amount:g} {grant.budget.unit} a {grant.budget.period}" if grant.budget else "",
+    ]
+    return f"{when}: {'; '.join(filter(None, given))}"
 
 
 def _provider_rows(config: Config, path: str, provider: Provider) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from gateway.limits.spec import Limit
+from gateway.oidc.grants import Grant
 from gateway.upstreams.upstream import Timeouts
 
 _KNOWN_PREFIX = re.compile(r"llmgw_|sk-|hf_|gsk_|")
@@ -171,6 +172,14 @@ class Config:
     store: Literal["auto", "embedded", "off"] = "auto"
     api_keys: tuple[tuple[str, Secret], ...] = ()
     auth_failures_per_min: int = 10  # wrong keys from one address, twice as many at once; 0 is no limit
+    oidc_issuer: str | None = None  # None: API keys only
+    oidc_audience: tuple[str, ...] = ()
+    oidc_jwks_url: str | None = None  # None: the issuer's discovery document names it
+    oidc_algorithms: tuple[str, ...] = ("RS256", "ES256")
+    oidc_leeway_s: float = 30.0  # how far the issuer's clock may be off
+    oidc_name_claim: str = "sub"
+    oidc_group_claim: str | None = None
+    oidc_grants: tuple[Grant, ...] = ()  # every token of the issuer for the audience, with no role
     limits: tuple[Limit, ...] = ()
     limits_share: float = 1.0  # of each limit, what this process grants alone while the store is away
     providers: tuple[Provider, ...] = ()

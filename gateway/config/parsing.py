@@ -17,7 +17,10 @@ from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
 from gateway.config.model import Listen, Problem, Secret
+from gateway.errors import BadRequest
 from gateway.limits.spec import Limit, SpecError, parse_limits
+from gateway.oidc import issuer
+from gateway.oidc.grants import Grant, parse_grants
 from gateway.store import address
 
 LOOPBACK: Final = "127.0.0.1"
@@ -178,6 +181,43 @@ def limits(raw: object) -> tuple[Limit, ...]:
         return parse_limits(raw)
     except SpecError as error:
         raise Refused(str(error), shown="") from None
+
+
+def trusted_url(raw: object) -> str:
+    """A URL to the letter: an issuer's is compared with what its tokens say."""
+    if not isinstance(raw, str) or not re.fullmatch(r"[!-~]{1,2000}", raw) or not issuer.trusted_url(raw):
+        raise Refused("must be a URL with https://, or http:// on this machine")
+    return raw
+
+
+def texts(raw: object) -> tuple[str, ...]:
+    """Texts separated by commas, or an array of them."""
+    parts = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, str) and part for part in parts):
+        raise Refused("must be one or more texts, separated by commas")
+    return tuple(dict.fromkeys(parts))
+
+
+def algorithms(raw: object) -> tuple[str, ...]:
+    found = texts(raw)
+    for one in found:
+        if one not in issuer.ALGORITHMS:
+            near = nearest(one, issuer.ALGORITHMS)
+            raise Refused(f"must be of {', '.join(issuer.ALGORITHMS)}", nearest=near)
+    return found
+
+
+def grants(raw: object) -> tuple[Grant, ...]:
+    """The array of grants, in JSON or as TOML has it."""
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise Refused("must be a JSON array of grants") from None
+    try:
+        return parse_grants(raw)
+    except BadRequest as error:
+        raise Refused(error.message, shown="") from None
 
 
 def listen(raw: object, usual_port: int = 8700) -> Listen:

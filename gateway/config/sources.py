@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import os
@@ -123,6 +124,13 @@ def _across(values: dict[str, Any], given: Layer, collect: Collector) -> None:
     if values.get("redis_url") and values.get("store", "auto") != "auto":
         at = given["redis_url"]
         collect.warn(at.path, at.source, f"is not used: store is {values['store']}", hint="store: auto")
+    if values.get("oidc_issuer"):
+        at = given["oidc_issuer"]
+        if not values.get("oidc_audience"):
+            hint = "GATEWAY_OIDC_AUDIENCE"
+            collect.add(at.path, at.source, "needs an audience: its tokens for others must not open this", hint=hint)
+        if importlib.util.find_spec("joserfc") is None:
+            collect.add(at.path, at.source, "needs joserfc", hint="pip install local-llm-gateway[oidc]")
     if values.get("upstream_idle_s", 0.0) >= 5.0:
         at = given["upstream_idle_s"]
         collect.warn(

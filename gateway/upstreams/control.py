@@ -18,6 +18,7 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
+from gateway.errors import UpstreamError
 from gateway.upstreams.reasons import FOREIGN, TooLarge, error_text, explain
 from gateway.upstreams.upstream import Health, Upstream
 
@@ -25,6 +26,7 @@ from gateway.upstreams.upstream import Health, Upstream
 BODY_MAX_BYTES: Final = 8 * 1024 * 1024
 #: Runtimes on uvicorn and llama.cpp close idle connections after 5 s; a shorter life avoids the race.
 _IDLE_S: Final = 3.0
+_FETCH_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,13 @@ class Control:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         with _translated(name or url, limit_s):
             return await self._exchange("GET", url, api_key, None, limit_s)
+
+    async def fetch(self, url: str) -> bytes:
+        """The body of a document that is no upstream's. Raises UpstreamError for any status but 200, else as `get`."""
+        answer = await self.get(url, timeout_s=_FETCH_S)
+        if answer.status != 200:
+            raise UpstreamError(f"{url}: {answer.reason()}")
+        return answer.body
 
     async def send(
         self,

@@ -326,6 +326,7 @@ def test_the_example_env_file_names_every_variable_with_its_default() -> None:
     assert set(shown) == {setting.variable for setting in SETTINGS} | {"GATEWAY_CONFIG"}
     defaults = {field.name: field for field in fields(Config)}
     without_default = {"providers", "api_keys", "limits", "ollama_base_url", "data_dir", "redis_url"}
+    without_default |= {f"oidc_{name}" for name in ("issuer", "audience", "jwks_url", "group_claim", "grants")}
     for setting in SETTINGS:
         if setting.field not in without_default:
             default = defaults[setting.field].default
