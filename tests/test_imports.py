@@ -25,6 +25,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "wire": frozenset({"errors"}),
     "dialects": frozenset({"wire", "errors"}),
     "exchange": frozenset({"wire", "errors"}),
+    "routing": frozenset({"errors"}),
     "runtimes": frozenset({"wire", "dialects", "errors"}),
     "metrics": frozenset({"exchange", "errors", "ledger", "upstreams"}),
     "log": frozenset({"exchange", "errors", "ledger"}),
@@ -77,6 +78,7 @@ ROOMS: dict[str, frozenset[str]] = {
 PURE = (
     "errors",
     "exchange",
+    "routing",
     "wire",
     "dialects",
     "runtimes",
