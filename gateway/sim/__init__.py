@@ -13,7 +13,7 @@ and faults on demand. May import: stdlib, orjson, msgspec, httptools; nothing of
 
 Constructor: `SimServer(models=("sim",), *, engine=None, faults=None, ssl=None, host="127.0.0.1", port=0,
 context=32768, keep=1000, keep_alive_s=5.0, api_key="", opening="", start_delay_s=0.0, metrics_lag_s=0.0,
-dialect="vllm")`; the dialect "llama.cpp" is that of its answers only. Faults of one request: JSON field
+runtime="vllm")`; "llamacpp" has that one's ways. Faults of one request: JSON field
 `"sim": {"cut_at_token": 3}` or the header `x-sim-fault: cut_at_token=3; token_s=0.01`. Server-wide faults apply to
 POST requests, or to the targets that begin with one of `paths` (`{"status": 503, "paths": ["/"]}`: everything).
 
@@ -25,7 +25,8 @@ beginning (a final message to continue, a prompt that ends with it), its rest. A
     engine    the engine model, pure, on a clock passed in
     text      tokenizer, sentences, vectors
     faults    Faults: what to do wrong
-    dialect   request body -> Call, errors; shapes, llamacpp: Call -> bytes; exposition: /metrics
+    dialect   request body -> Call, errors; shapes: Call -> bytes; exposition: /metrics
+    runtimes  what differs from vLLM elsewhere: llama.cpp
     listener, connection, response, generation, server    the socket side
     control   the door by which a running fleet is broken and mended: faults, kill, revive
     cli       `llm-gateway sim serve`, and `demo_engine()`, the provider shown when no runtime is found

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from gateway.sim.control import Control
 from gateway.sim.engine import Engine, Pace
 from gateway.sim.faults import NONE, Faults, parse_pairs
+from gateway.sim.runtimes import RUNTIMES
 from gateway.sim.server import SimServer
 
 DEMO_OPENING = (
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--speeds", type=_speeds, metavar="1,1,0.5", help="one for each engine; says how many, too")
     serve.add_argument("--blocks", type=int, default=20_000, help="KV blocks of 16 tokens of each engine")
     serve.add_argument("--context", type=int, default=32_768, help="longest prompt and answer in tokens")
+    serve.add_argument("--runtime", choices=sorted(RUNTIMES), default="vllm", help="whose dialect (default: vllm)")
     serve.add_argument("--slots", type=int, default=256, help="sequences that an engine works on at a time")
     serve.add_argument("--start-delay", type=float, default=0.0, metavar="SECONDS", help="what a start takes")
     serve.add_argument("--metrics-lag", type=float, default=0.0, metavar="SECONDS", help="how old /metrics is")
@@ -82,6 +84,7 @@ async def _serve(args: argparse.Namespace, faults: Faults) -> None:
                 keep=0,
                 start_delay_s=args.start_delay,
                 metrics_lag_s=args.metrics_lag,
+                runtime=args.runtime,
             )
             await stack.enter_async_context(server)
             fleet.append(server)

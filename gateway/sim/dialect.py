@@ -1,9 +1,7 @@
 """vLLM's dialect, sans I/O: a request's body -> `Call`, a call's progress -> the exact bytes vLLM sends.
 
 Shapes, key order and chunk order are those recorded from vLLM 0.32.0 (OpenAI API server). Not modelled: logprobs,
-guided output, reasoning, /v1/messages and /v1/responses. llama.cpp's dialect differs in what an answer looks like
-(`llamacpp`), in answering as its own model whatever it is asked for, and in continuing a trailing assistant message
-unasked; its errors and metrics are not modelled.
+guided output, reasoning, /v1/messages and /v1/responses. What other runtimes do otherwise is in `runtimes`.
 
 An answer that is asked for again with its beginning given (a prompt that ends with it, or a final message to be
 continued) goes on as it would have, to the same end: what a test of a continuation compares.
@@ -11,7 +9,7 @@ continued) goes on as it would have, to the same end: what a test of a continuat
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
@@ -24,8 +22,6 @@ FINGERPRINT = b'"vllm-0.32.0-2a756906"'
 DEFAULT_OUTPUT_TOKENS = 64
 _END = "<|im_end|>"
 
-Dialect = Literal["vllm", "llama.cpp"]
-
 
 class ApiError(Exception):
     """An error answer in vLLM's shape: `{"error": {"message", "type", "param", "code"}}`, code = HTTP status."""
@@ -34,6 +30,22 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.body = error_body(status, type, message, param)
+
+
+class PromptTooLong(ApiError):
+    """The prompt, of `tokens`, leaves no room for an answer."""
+
+    def __init__(self, tokens: int, answer: int, context: int) -> None:
+        super().__init__(
+            400,
+            "BadRequestError",
+            f"This model's maximum context length is {context} tokens. However, you requested {answer} output tokens "
+            f"and your prompt contains {tokens} input tokens, for a total of {tokens + answer} tokens. Please reduce "
+            "the length of the input prompt or the number of requested output tokens. "
+            f"(parameter=input_tokens, value={tokens})",
+            "input_tokens",
+        )
+        self.tokens = tokens
 
 
 def error_body(status: int, type: str, message: str, param: str | None = None) -> bytes:
@@ -69,7 +81,6 @@ class Call:
         "chat",
         "choices",
         "continuous_usage",
-        "dialect",
         "faults",
         "include_usage",
         "model",
@@ -79,9 +90,8 @@ class Call:
         "stream",
     )
 
-    def __init__(self, chat: bool, model: str, stream: bool, faults: Faults, dialect: Dialect = "vllm") -> None:
+    def __init__(self, chat: bool, model: str, stream: bool, faults: Faults) -> None:
         self.chat = chat
-        self.dialect = dialect
         self.prefill = ""  # the final message that is continued
         self.model = model
         self.stream = stream
@@ -131,26 +141,27 @@ def parse_call(
     context: int,
     faults: Faults,
     opening: str = "",
-    dialect: Dialect = "vllm",
+    completion_tokens: int | None = 16,
 ) -> Call:
-    """ApiError for what vLLM refuses. `context`: tokens of prompt and answer; `opening` begins every answer."""
-    llamacpp = dialect == "llama.cpp"
-    model = models[0] if llamacpp else model_of(body, models)
+    """ApiError for what vLLM refuses. `context`: tokens of prompt and answer; `opening` begins every answer;
+    `completion_tokens`: what the completions API writes at most if nobody says (16 by its reference).
+    """
+    model = model_of(body, models)
     own = body.get("sim")
     if own is not None:
         try:
             faults = faults.merged(own)
         except (TypeError, ValueError) as error:
             raise ApiError(400, "BadRequestError", f"sim: {error}", "sim") from None
-    call = Call(chat, model, bool(body.get("stream")), faults, dialect)
+    call = Call(chat, model, bool(body.get("stream")), faults)
     options = body.get("stream_options") or {}
     call.include_usage = call.stream and bool(options.get("include_usage"))
     call.continuous_usage = call.include_usage and bool(options.get("continuous_usage_stats"))
     limit = _integer(body, "max_completion_tokens")
     if limit is None:
         limit = _integer(body, "max_tokens")
-    if limit is None and not (chat or llamacpp):
-        limit = 16  # the completions API's own default
+    if limit is None and not chat:
+        limit = completion_tokens
     temperature = body.get("temperature")
     if isinstance(temperature, (int, float)) and temperature < 0:
         raise _refused(
@@ -168,17 +179,11 @@ def parse_call(
     stops = [stop] if isinstance(stop, str) else [s for s in stop if isinstance(s, str)]
     count = _integer(body, "n") or 1
     tool = _forced_tool(body, faults) if chat else None
-    for prompt, prefill in [_chat_prompt(body, llamacpp)] if chat else _completion_prompts(body):
+    for prompt, prefill in [_chat_prompt(body)] if chat else _completion_prompts(body):
         length = len(prompt)
         room = context - length
         if room < (limit or 1):
-            raise _refused(
-                f"This model's maximum context length is {context} tokens. However, you requested {limit or 1} output "
-                f"tokens and your prompt contains {length} input tokens, for a total of {length + (limit or 1)} "
-                "tokens. Please reduce the length of the input prompt or the number of requested output tokens.",
-                "input_tokens",
-                length,
-            )
+            raise PromptTooLong(length, limit or 1, context)
         call.prompt_tokens += length
         call.prefill = "".join(prefill)
         text = "".join(prompt)
@@ -242,7 +247,7 @@ def _answer(
     return Choice(pieces, "length", None, None)
 
 
-def _chat_prompt(body: dict[str, Any], llamacpp: bool) -> tuple[list[str], list[str]]:
+def _chat_prompt(body: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The tokens of a ChatML prompt, and those of the answer's beginning if the last message is to be continued."""
     if "messages" not in body:
         raise _missing("messages", body)
@@ -264,8 +269,7 @@ def _chat_prompt(body: dict[str, Any], llamacpp: bool) -> tuple[list[str], list[
             raise _wrong_type("body.messages", "dict_type", "a valid dictionary with a role", message)
         content = tokenize(_plain(message))
         tokens += ["<|im_start|>", message["role"], "\n", *content, _END, "\n"]
-    asked = body.get("continue_final_message") and not body.get("add_generation_prompt", True)
-    if asked or (llamacpp and messages[-1]["role"] == "assistant"):
+    if body.get("continue_final_message") and not body.get("add_generation_prompt", True):
         return tokens[:-2], content
     return [*tokens, "<|im_start|>", "assistant", "\n"], []
 

@@ -213,6 +213,11 @@ class Engine:
         """Share of the blocks that running sequences hold, 0..1; idle cached blocks count as free."""
         return 1.0 - self.pool.available / self.pool.total
 
+    def is_waiting(self, id: Hashable) -> bool:
+        """Whether a request has been submitted and not been admitted yet."""
+        sequence = self._sequences.get(id)
+        return sequence is not None and not sequence.seen
+
     def submit(self, request: Request, now: float) -> None:
         """Queue a request. ValueError if it could never fit into the KV memory."""
         needed = -(-(request.prompt_tokens + request.output_tokens) // BLOCK_TOKENS)

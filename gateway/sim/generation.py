@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gateway.sim.connection import Connection, Received
-from gateway.sim.dialect import DONE, ENGINE_DEAD, ERROR_EVENT, Call, error_body
+from gateway.sim.dialect import DONE, ENGINE_DEAD, Call
 from gateway.sim.engine import Event, Request
-from gateway.sim.llamacpp import LlamaCppShape
 from gateway.sim.response import Response
-from gateway.sim.shapes import Shape
 
 if TYPE_CHECKING:
     from gateway.sim.server import SimServer
@@ -24,7 +22,7 @@ _TURN = 512
 
 class Generation:
     __slots__ = (
-        "_cached",
+        "_begun",
         "_choices",
         "_first_at",
         "_last_at",
@@ -50,13 +48,13 @@ class Generation:
         self.received = received
         self.call = call
         self.serial = serial
-        self.shape = (LlamaCppShape if call.dialect == "llama.cpp" else Shape)(call, serial, created)
+        self.shape = server.runtime.shape(call, serial, created)
         self.response = Response(connection, call.faults, received.keep_alive)
         self._choices = len(call.choices)
         self._made = [0] * self._choices  # tokens the engine has made
         self._sent = [-1] * self._choices if call.chat else [0] * self._choices  # -1: the role chunk is due
         self._rest = self._choices  # sequences still in the engine
-        self._cached = 0
+        self._begun = False  # the stream's head is written
         self._first_at = 0.0
         self._last_at = received.at
         self._pinged_at = received.at
@@ -78,14 +76,23 @@ class Generation:
             )
             self.server.submit(request, self)
         if call.stream:
-            length = None
-            if faults.content_length:
-                length = sum(map(len, self._every_event()))
-            self.response.begin(200, "text/event-stream; charset=utf-8", length)
-            if faults.ping_s:
-                self.server.loop.call_later(faults.ping_s, self._ping)
+            if self.server.runtime.head == "at_once":
+                self.begin()
+            else:
+                self.server.await_admission(self)
         if self._stop == 0:
             self._break()
+
+    def begin(self) -> None:
+        """Write the stream's head, once."""
+        if self._begun or not self.call.stream or self.connection.work is not self:
+            return
+        self._begun = True
+        faults = self.call.faults
+        length = sum(map(len, self._every_event())) if faults.content_length else None
+        self.response.begin(200, self.server.runtime.stream_type, length)
+        if faults.ping_s:
+            self.server.loop.call_later(faults.ping_s, self._ping)
 
     def on_event(self, event: Event, index: int, now: float) -> None:
         made = event.generated - self._made[index]
@@ -93,24 +100,27 @@ class Generation:
         server = self.server
         if self._first_at == 0.0:
             self._first_at = now
-            self._cached = self.shape.cached = event.cached_tokens
+            self.shape.cached = event.cached_tokens
+            self.shape.prefill_s = now - self.received.at
             server.first_token_s.add(now - self.received.at)
             made -= 1
         if made > 0:
             server.inter_token_s.add((now - self._last_at) / made, made)
         self._last_at = now
+        self.shape.decode_s = now - self._first_at
         if event.finished:
             self._rest -= 1
             server.finished[self.call.choices[index].finish] += 1
             if not self._rest:
                 server.request_s.add(now - self.received.at)
         if self.call.stream:
+            self.begin()
             self._pump()
         elif self._stop is not None and index == 0 and event.generated >= self._stop:
             self._break()
         elif not self._rest:
-            body = self.shape.whole(self._cached, self.server.created())
-            self.response.begin(200, "application/json", len(body))
+            body = self.shape.whole(self.server.created())
+            self.response.begin(200, self.server.runtime.json_type, len(body))
             if self.response.send(body):
                 self.response.end()
 
@@ -161,7 +171,7 @@ class Generation:
             self._break()
         elif not self._rest and sent == made:
             total = sum(made)
-            usage = self.shape.usage(total, self._cached)
+            usage = self.shape.usage(total)
             if (not usage or response.event(usage)) and response.event(DONE):
                 response.end()
 
@@ -191,7 +201,7 @@ class Generation:
                 events += self._events(index, at)
         total = sum(choice.tokens for choice in self.call.choices)
         self._sent = kept
-        return [*events, self.shape.usage(total, 0), DONE]
+        return [*events, self.shape.usage(total), DONE]
 
     def _break(self) -> None:
         """The token has come at which this answer goes wrong."""
@@ -212,11 +222,15 @@ class Generation:
             response.live = False
             self.connection.cut(faults.cut_with)
         elif not self.call.stream:
-            body = error_body(500, "InternalServerError", ENGINE_DEAD)
-            response.begin(500, "application/json", len(body))
+            runtime = self.server.runtime
+            body = runtime.error(500, "InternalServerError", ENGINE_DEAD)
+            response.begin(500, runtime.json_type, len(body))
             if response.send(body):
                 response.end()
-        elif at == faults.clean_cut_at_token or (response.event(ERROR_EVENT) and response.event(DONE)):
+        elif at == faults.error_event_at_token:
+            if response.event(self.server.runtime.error_event) and response.event(DONE):
+                response.end()
+        else:
             response.end()
 
     def _ping(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from gateway.sim.connection import Connection, Received
 from gateway.sim.faults import NONE, Faults
+from gateway.sim.runtimes import RUNTIMES, Runtime
 
 
 class Listener:
@@ -25,6 +26,7 @@ class Listener:
 
     #: when an idle connection is closed; None: never
     keep_alive_s: float | None = 5.0
+    runtime: Runtime = RUNTIMES["vllm"]
 
     def __init__(self, host: str, port: int, ssl: tls.SSLContext | None = None, keep: int = 0) -> None:
         self.host = host
@@ -136,6 +138,6 @@ class Listener:
     def common_headers(self) -> bytes:
         now = int(time.time())
         if self._common[0] != now:
-            date = formatdate(now, usegmt=True).encode()
-            self._common = (now, b"date: %b\r\nserver: simulated-engine\r\nvary: Origin\r\n" % date)
+            date = b"date: %b\r\n" % formatdate(now, usegmt=True).encode() if self.runtime.dated else b""
+            self._common = (now, date + self.runtime.headers)
         return self._common[1]

@@ -13,13 +13,25 @@ _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 class Response:
     """One answer on the wire. `send` returns False once the connection has been cut."""
 
-    __slots__ = ("_chunked", "_events", "_gathered", "_keep_alive", "_piece", "_sent", "connection", "faults", "live")
+    __slots__ = (
+        "_chunked",
+        "_events",
+        "_gathered",
+        "_keep_alive",
+        "_piece",
+        "_promised",
+        "_sent",
+        "connection",
+        "faults",
+        "live",
+    )
 
     def __init__(self, connection: Connection, faults: Faults, keep_alive: bool) -> None:
         self.connection = connection
         self.faults = faults
         self.live = True
         self._keep_alive = keep_alive and not faults.close_delimited
+        self._promised = self._keep_alive  # what the head says
         self._chunked = False
         self._piece = faults.chunk
         self._sent = 0  # body bytes
@@ -31,10 +43,16 @@ class Response:
     ) -> None:
         """Write the head. Without `length` the body is chunked."""
         faults = self.faults
+        ways = self.connection.server.runtime
         lines = [
             b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown")),
             self.connection.server.common_headers(),
         ]
+        if content_type == ways.stream_type:
+            lines.append(ways.stream_headers)
+            self._keep_alive = self._keep_alive and not ways.closes_streams
+        elif status >= 400 and ways.closes_errors:
+            self._promised = self._keep_alive = False
         self._chunked = (length is None or faults.bad_headers == "smuggle") and not faults.close_delimited
         if length is not None and not faults.close_delimited:
             lines.append(b"content-length: %d\r\n" % length)
@@ -44,8 +62,7 @@ class Response:
             lines.append(b"content-type: %b\r\n" % content_type.encode("latin-1"))
         if self._chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
-        if not self._keep_alive:
-            lines.append(b"connection: close\r\n")
+        lines.append(ways.kept_headers if self._promised else b"connection: close\r\n")
         if faults.bad_headers == "control":
             lines.append(b"x-bad: a\x01b\x7fc\x0bd\r\n")
         elif faults.bad_headers == "giant":

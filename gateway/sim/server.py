@@ -7,30 +7,19 @@ import math
 import ssl as tls
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import orjson
-
 from gateway.sim.connection import Connection, Received
-from gateway.sim.dialect import VERSION, ApiError, Call, Dialect, error_body, load, model_of, parse_call
+from gateway.sim.dialect import ApiError, Call, model_of
 from gateway.sim.engine import Engine, Request
-from gateway.sim.exposition import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram, exposition
+from gateway.sim.exposition import E2E_BUCKETS, ITL_BUCKETS, TTFT_BUCKETS, Histogram
 from gateway.sim.faults import NONE, Faults, parse_pairs
 from gateway.sim.generation import Generation
 from gateway.sim.listener import Listener
 from gateway.sim.response import Response
-from gateway.sim.shapes import embeddings_body, models_body
-
-_ROUTES = {
-    "/health": "GET",
-    "/metrics": "GET",
-    "/version": "GET",
-    "/v1/models": "GET",
-    "/v1/chat/completions": "POST",
-    "/v1/completions": "POST",
-    "/v1/embeddings": "POST",
-}
+from gateway.sim.runtimes import RUNTIMES
+from gateway.sim.shapes import embeddings_body
 
 
 class SimServer(Listener):
@@ -39,7 +28,7 @@ class SimServer(Listener):
     `faults` may be set at any time, as `Faults` or as a mapping; a request's own come over it. `requests` holds the
     last `keep` requests received. `context` is max_model_len; `keep_alive_s` when an idle connection is closed (vLLM:
     5 s; None: never); `opening` begins every answer's text. `kill()` and `revive()` are a process's death and restart;
-    each start takes `start_delay_s`. `/metrics` shows what was true `metrics_lag_s` ago.
+    each start takes `start_delay_s`. `/metrics` shows what was true `metrics_lag_s` ago. `runtime`: whose ways it has.
     """
 
     def __init__(
@@ -58,16 +47,16 @@ class SimServer(Listener):
         opening: str = "",
         start_delay_s: float = 0.0,
         metrics_lag_s: float = 0.0,
-        dialect: Dialect = "vllm",
+        runtime: str = "vllm",
     ) -> None:
         super().__init__(host, port, ssl, keep)
+        self.runtime = RUNTIMES[runtime]
         self.models = models
         self.engine = engine or Engine()
         self.context = context
         self.keep_alive_s = keep_alive_s
         self.api_key = api_key
         self.opening = opening
-        self.dialect = dialect
         self.start_delay_s = start_delay_s
         self.metrics_lag_s = metrics_lag_s
         self.faults = faults or NONE
@@ -75,6 +64,8 @@ class SimServer(Listener):
         self._reset_counters()
         self._generations: dict[Any, Generation] = {}
         self._starting: asyncio.Task[None] | None = None
+        self._loading_until = -math.inf
+        self._headless: list[Generation] = []  # not admitted yet, by runtimes that answer nothing until then
         self._tick_at = math.inf
         self._tick_handle: asyncio.Handle | None = None
         self._serial = 0
@@ -96,20 +87,23 @@ class SimServer(Listener):
             self._sample()
 
     async def listen(self) -> None:
-        """Serve `start_delay_s` from now; until then nothing listens, as while vLLM loads its model."""
-        if self.start_delay_s:
-            self._start_in(self.start_delay_s)
+        """Serve `start_delay_s` from now. Until then vLLM does not listen, and llama.cpp says 503 to everything."""
+        if self.runtime.loading is not None:
+            self._loading_until = self.loop.time() + self.start_delay_s
+            await super().listen()
+        elif self.start_delay_s:
+            self._later(self.start_delay_s, super().listen)
         else:
             await super().listen()
 
-    def _start_in(self, seconds: float) -> None:
-        if self._starting is None:
-            self._starting = self.loop.create_task(self._listen_in(seconds), name=f"start of {self!r}")
+    def _later(self, seconds: float, listen: Callable[[], Awaitable[None]]) -> None:
+        async def start() -> None:
+            await asyncio.sleep(seconds)
+            self._starting = None
+            await listen()
 
-    async def _listen_in(self, seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        self._starting = None
-        await super().listen()
+        if self._starting is None:
+            self._starting = self.loop.create_task(start(), name=f"start of {self!r}")
 
     def kill(self, down_s: float | None = None) -> None:
         """Die as from kill -9, and start again after `down_s`, if it is given.
@@ -124,9 +118,10 @@ class SimServer(Listener):
         self.tokens_before = (prompt + engine.prompt_tokens_total, generated + engine.generation_tokens_total)
         self.engine = engine.blank()
         self._generations.clear()
+        self._headless.clear()
         self._reset_counters()
         if down_s is not None:
-            self._start_in(down_s + self.start_delay_s)
+            self._later(down_s, self.listen)
 
     async def revive(self) -> None:
         """Start again: listening when this returns, unless a start takes its time."""
@@ -165,13 +160,13 @@ class SimServer(Listener):
     def _sample(self) -> None:
         """Keep the pages of the last `metrics_lag_s`."""
         now = self.loop.time()
-        self._pages.append((now, exposition(self)))
+        self._pages.append((now, self.runtime.exposition(self)))
         while len(self._pages) > 1 and self._pages[1][0] <= now - self.metrics_lag_s:
             self._pages.popleft()
         self._sampling = self.loop.call_later(min(self.metrics_lag_s / 8, 0.5), self._sample)
 
     def metrics_page(self) -> str:
-        return self._pages[0][1] if self._pages else exposition(self)
+        return self._pages[0][1] if self._pages else self.runtime.exposition(self)
 
     # for connections and generations
 
@@ -189,6 +184,10 @@ class SimServer(Listener):
         if known:
             self._schedule()
         return known
+
+    def await_admission(self, generation: Generation) -> None:
+        """`begin` it once its first sequence is worked on."""
+        self._headless.append(generation)
 
     def _schedule(self) -> None:
         """One timer for the engine's next step."""
@@ -214,16 +213,27 @@ class SimServer(Listener):
                 self._generations.pop(event.id, None)
             if generation is not None:
                 generation.on_event(event, event.id[1], now)  # type: ignore[index]
+        if self._headless:
+            waiting, self._headless = self._headless, []
+            for generation in waiting:
+                if not self.engine.is_waiting((generation.serial, 0)):
+                    generation.begin()
+                else:
+                    self._headless.append(generation)
         self._tick_at = math.inf
         self._schedule()
 
     # answering
 
     def answer(self, connection: Connection, received: Received) -> None:
+        if self._loading_until > self.loop.time():
+            assert self.runtime.loading is not None
+            self._reply(Response(connection, NONE, received.keep_alive), received, 503, self.runtime.loading)
+            return
         try:
             faults = self._faults_for(received)
         except ValueError as error:
-            body = error_body(400, "BadRequestError", str(error))
+            body = self.runtime.error(400, "BadRequestError", str(error))
             self._reply(Response(connection, NONE, received.keep_alive), received, 400, body)
             return
         if faults.slow_headers_s:
@@ -281,7 +291,7 @@ class SimServer(Listener):
         body = faults.body
         if body is None:
             kind = {429: "RateLimitError", 503: "ServiceUnavailableError"}.get(faults.status, "InternalServerError")
-            body = error_body(faults.status, kind, f"simulated fault: status {faults.status}")
+            body = self.runtime.error(faults.status, kind, f"simulated fault: status {faults.status}")
         elif not isinstance(body, bytes):
             body = str(body).encode()
         response = Response(connection, faults, received.keep_alive)
@@ -289,40 +299,36 @@ class SimServer(Listener):
         return True
 
     def _route(self, connection: Connection, received: Received, faults: Faults) -> None:
+        ways = self.runtime
         path = received.target.partition("?")[0]
-        method = _ROUTES.get(path)
+        page = ways.pages.get(path)
+        known = "GET" if page else "POST" if path in ways.calls or path == ways.embeddings else None
         response = Response(connection, faults, received.keep_alive)
-        if method is None:
-            self._reply(response, received, 404, b'{"detail":"Not Found"}')
-        elif received.method != method:
-            self._reply(response, received, 405, b'{"detail":"Method Not Allowed"}', headers=(("allow", method),))
+        if known is None or (received.method != known and ways.wrong_method is None):
+            self._reply(response, received, 404, ways.not_found)
+        elif received.method != known:
+            self._reply(response, received, 405, ways.wrong_method or b"", headers=(("allow", known),))
         elif self.api_key and path.startswith("/v1/") and not self._authorized(received):
-            self._reply(response, received, 401, b'{"error":"Unauthorized"}')
-        elif method == "POST":
+            self._reply(response, received, 401, ways.unauthorized)
+        elif page is None:
             self._post(connection, received, faults, path)
-        elif path == "/health":
-            self._reply(response, received, 200, b"", "")
-        elif path == "/v1/models":
-            self._reply(response, received, 200, models_body(self.models, self.context, self.created()))
-        elif path == "/version":
-            self._reply(response, received, 200, orjson.dumps({"version": VERSION}))
         else:
-            text = self.metrics_page().encode()
-            self._reply(response, received, 200, text, "text/plain; version=0.0.4; charset=utf-8")
+            content_type, body = page(self)
+            self._reply(response, received, 200, body, content_type)
 
     def _authorized(self, received: Received) -> bool:
         return received.header("authorization") == f"Bearer {self.api_key}"
 
     def _post(self, connection: Connection, received: Received, faults: Faults, path: str) -> None:
-        body = load(received.body)
-        if path == "/v1/embeddings":
+        ways = self.runtime
+        body = ways.load(received.body)
+        if path == ways.embeddings:
             model = model_of(body, self.models)
             self._serial += 1
             answer = embeddings_body(body, model, self._serial, self.created())
             self._reply(Response(connection, faults, received.keep_alive), received, 200, answer)
             return
-        chat = path == "/v1/chat/completions"
-        call = parse_call(body, chat, self.models, self.context, faults, self.opening, self.dialect)
+        call = ways.parse(body, ways.calls[path], self.models, self.context, faults, self.opening)
         own = call.faults
         if own is faults:
             self._generate(connection, received, call)
@@ -343,7 +349,7 @@ class SimServer(Listener):
         except ValueError as error:
             connection.work = None
             generation.drop()
-            body = error_body(400, "BadRequestError", str(error))
+            body = self.runtime.error(400, "BadRequestError", str(error))
             self._reply(Response(connection, call.faults, received.keep_alive), received, 400, body)
 
     def _reply(
@@ -352,9 +358,9 @@ class SimServer(Listener):
         received: Received,
         status: int,
         body: bytes,
-        content_type: str = "application/json",
+        content_type: str | None = None,
         headers: tuple[tuple[str, str], ...] = (),
     ) -> None:
-        response.begin(status, content_type, len(body), headers)
+        response.begin(status, self.runtime.json_type if content_type is None else content_type, len(body), headers)
         if received.method == "HEAD" or not body or response.send(body):
             response.end()

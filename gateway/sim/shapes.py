@@ -17,11 +17,24 @@ _DETAILS = b',"prompt_tokens_details":{"cached_tokens":%d,"created_cache_tokens"
 class Shape:
     """Writes one call's answer. Every method returns one whole SSE event, or, `whole`, the unstreamed body."""
 
-    __slots__ = ("_after", "_between", "_head", "_last", "_trailing", "cached", "call", "id", "usage_mode")
+    __slots__ = (
+        "_after",
+        "_between",
+        "_head",
+        "_last",
+        "_trailing",
+        "cached",
+        "call",
+        "decode_s",
+        "id",
+        "prefill_s",
+        "usage_mode",
+    )
 
     def __init__(self, call: Call, serial: int, created: int) -> None:
         self.call = call
         self.cached = 0  # tokens of the prompt that were cached, once that is known
+        self.prefill_s = self.decode_s = 0.0
         self.usage_mode = call.faults.usage
         kind = b"chat.completion.chunk" if call.chat else b"text_completion"
         self.id = b"%b-%016x" % (b"chatcmpl" if call.chat else b"cmpl", serial)
@@ -106,12 +119,12 @@ class Shape:
             )
         return self._head + tail + usage + self._last + b"}\n\n"
 
-    def usage(self, made: int, cached: int) -> bytes:
+    def usage(self, made: int) -> bytes:
         """The usage chunk, or b"" where there is none."""
         if not self._trailing:
             return b""
         choices = b'{"index":0,"delta":{}}' if self.usage_mode == "litellm" else b""
-        return self._head + choices + b'],"usage":' + self._usage(made, cached) + self._after
+        return self._head + choices + b'],"usage":' + self._usage(made, self.cached) + self._after
 
     def _running_usage(self, made: int) -> bytes:
         prompt = self.call.prompt_tokens
@@ -135,9 +148,9 @@ class Shape:
     def _created(self, cached: int) -> int:
         return max(self.call.prompt_lengths[0] // 16 * 16 - cached, 0)
 
-    def whole(self, cached: int, created_at: int) -> bytes:
+    def whole(self, created_at: int) -> bytes:
         """The body of an unstreamed answer."""
-        call = self.call
+        call, cached = self.call, self.cached
         choices = b",".join(
             (self._chat_choice if call.chat else self._text_choice)(index, choice)
             for index, choice in enumerate(call.choices)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from gateway.sim import SimServer
-from gateway.sim.dialect import Dialect
 from gateway.sim.text import beginnings, rest, tokenize, write
 
 from .conftest import ask
@@ -63,7 +62,7 @@ async def test_what_is_not_its_own_beginning_is_followed_by_another_text() -> No
 
 
 async def test_llama_cpp_continues_unasked_and_repeats_the_beginning_unstreamed() -> None:
-    async with SimServer() as plain, SimServer(dialect="llama.cpp") as llama:
+    async with SimServer() as plain, SimServer(runtime="llamacpp") as llama:
         messages = [{"role": "user", "content": "Tell me."}]
         text, *_ = await answer(plain, CHAT, max_tokens=12)
         begun = "".join(tokenize(text)[:5])
@@ -83,13 +82,13 @@ async def test_llama_cpp_continues_unasked_and_repeats_the_beginning_unstreamed(
         assert (usage["choices"], usage["usage"]["completion_tokens"]) == ([], 7)
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "llama.cpp"])
-async def test_completions_streamed_have_usage_where_the_runtime_has_it(dialect: Dialect) -> None:
-    async with SimServer(dialect=dialect) as sim:
+@pytest.mark.parametrize("runtime", ["vllm", "llamacpp"])
+async def test_completions_streamed_have_usage_where_the_runtime_has_it(runtime: str) -> None:
+    async with SimServer(runtime=runtime) as sim:
         reply = await ask(sim, COMPLETIONS, body(COMPLETIONS, stream=True, max_tokens=3))
         *_, last, done = reply.events
         assert done == "[DONE]"
-        assert (last["choices"][0]["finish_reason"], "usage" in last) == ("length", dialect == "llama.cpp")
+        assert (last["choices"][0]["finish_reason"], "usage" in last) == ("length", runtime == "llamacpp")
 
 
 def test_beginnings_are_found_at_the_earliest_place() -> None:

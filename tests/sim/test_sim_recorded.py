@@ -19,8 +19,8 @@ RECORDED = Path(__file__).parent / "recorded"
 class Recording:
     """One curl transcript: the request line, its body, the answer's head and body."""
 
-    def __init__(self, name: str) -> None:
-        lines = (RECORDED / f"{name}.txt").read_text().split("\n")
+    def __init__(self, name: str, room: Path = RECORDED) -> None:
+        lines = (room / f"{name}.txt").read_text().split("\n")
         _, self.method, self.path, *_ = lines[0].split()
         self.request = lines[1].removeprefix("### BODY ") if lines[1].startswith("### BODY") else None
         at = next(n for n, line in enumerate(lines) if line.startswith("HTTP/"))
