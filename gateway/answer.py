@@ -74,14 +74,16 @@ def send(
     keep_alive = bool(request.keep_alive) and not close
     exchange = request.get(EXCHANGE)  # none where the bytes never became a request
     if exchange is not None:
-        headers = (*headers, ("X-Request-Id", exchange.id), *exchange.headers)
+        headers = (*headers, ("X-Request-Id", exchange.id))
         exchange.response_bytes = len(body)
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1")
+    if exchange is not None:
+        lines += exchange.headers
     head = b"%b%bContent-Type: %b\r\n%b%bContent-Length: %d\r\n\r\n" % (
         status_line(status),
         _FIXED,
         content_type.encode(),
-        lines.encode("latin-1"),
+        lines,
         connection_line(request, keep_alive),
         len(body),
     )

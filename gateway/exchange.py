@@ -94,7 +94,7 @@ class Exchange:
         self.status = 0
         self.outcome: Outcome = "ok"
         self.error: GatewayError | None = None
-        self.headers: list[tuple[str, str]] = []  # extra headers for the client's answer
+        self.headers = b""  # further header lines of the client's answer, each with its CRLF
         self.remote = ""
         self.request_bytes = 0
         self.response_bytes = 0

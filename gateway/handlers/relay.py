@@ -78,7 +78,7 @@ def _tell_cost(exchange: Exchange) -> None:
         return
     exchange.cost = prices.cost(usage, 0.0, price)
     if exchange.cost is not None:
-        exchange.headers.append(("x-gateway-cost", prices.decimal(exchange.cost)))
+        exchange.headers += b"x-gateway-cost: %b\r\n" % prices.decimal(exchange.cost).encode()
 
 
 def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -> bytes:
@@ -215,14 +215,11 @@ def _keep_alive(request: web.BaseRequest) -> bool:
 def _head(
     exchange: Exchange, status: int, fields: bytes, keep_alive: bool, request: web.BaseRequest, framing: bytes
 ) -> bytes:
-    extra = b""
-    if exchange.headers:
-        extra = b"".join([f"{name}: {value}\r\n".encode("latin-1") for name, value in exchange.headers])
     return b"%b%bX-Request-Id: %b\r\n%b%b%b\r\n" % (
         status_line(status),
         fields,
         exchange.id.encode(),
-        extra,
+        exchange.headers,
         connection_line(request, keep_alive),
         framing,
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gateway.server import ClientProtocol
 
 TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
-TOOLS_REMOVED: Final = ("X-Gateway-Tools", "removed")
+TOOLS_REMOVED: Final = b"X-Gateway-Tools: removed\r\n"
 #: A body's rate is judged only after this time, so that a slow start is no offence.
 RATE_GRACE_S: Final = 5.0
 #: when to ask again for a model whose host names resolve to nothing
@@ -186,7 +186,7 @@ def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -
             code="tools_not_supported",
         )
     else:
-        exchange.headers.append(TOOLS_REMOVED)
+        exchange.headers += TOOLS_REMOVED
         plan.remove = (*plan.remove, *(field for field in TOOL_FIELDS if plan.body.has(field)))
 
 

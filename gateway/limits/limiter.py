@@ -31,8 +31,10 @@ _YEARS_MS: Final = 10 * 366 * 86400 * 1000
 _SLOT_LIFE_MS: Final = 60_000
 _KEPT_MS: Final = 600_000
 _ENTRIES_MAX: Final = 20_000
-_REQUESTS: Final = tuple(f"x-ratelimit-{word}-requests" for word in ("limit", "remaining", "reset"))
-_TOKENS: Final = tuple(f"x-ratelimit-{word}-tokens" for word in ("limit", "remaining", "reset"))
+_REQUESTS: Final = (
+    b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\nx-ratelimit-reset-requests: %b\r\n"
+)
+_TOKENS: Final = _REQUESTS.replace(b"-requests", b"-tokens")
 
 
 class Taken:
@@ -307,17 +309,17 @@ class Limiter:
 
     def _tell(self, exchange: Exchange, entry: Entry, now: float) -> None:
         """The x-ratelimit headers, of the scarcest limit of requests and of tokens."""
-        for buckets, (limit, remaining, reset) in ((entry.requests, _REQUESTS), (entry.tokens, _TOKENS)):
+        for buckets, lines in ((entry.requests, _REQUESTS), (entry.tokens, _TOKENS)):
             if not buckets:
                 continue
             bucket = buckets[0] if len(buckets) == 1 else min(buckets, key=lambda one: one.known(now) / one.rules.burst)
             left = bucket.known(now)
             left = left if left > 0 else 0
             rules = bucket.rules
-            exchange.headers += (
-                (limit, str(rules.burst // MICRO)),
-                (remaining, str(left // MICRO)),
-                (reset, reset_text(-((left - rules.burst) // rules.rate))),
+            exchange.headers += lines % (
+                rules.burst // MICRO,
+                left // MICRO,
+                reset_text(-((left - rules.burst) // rules.rate)).encode(),
             )
 
     def _refusal(self, exchange: Exchange, entry: Entry, bucket: Bucket, amount: int, now: float) -> GatewayError:
