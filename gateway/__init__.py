@@ -20,15 +20,16 @@ Rooms
     store           what gateways share, behind the Redis protocol: Redis, Valkey, or the embedded Valkey
     wire            SANS-IO: request bodies, headers, SSE, NDJSON, the token meter
     runtimes        what differs between vLLM, llama.cpp, Ollama, LocalAI, LiteLLM, LM Studio: data
+    routing         decisions about a fleet: who may be asked, who is asked, what a failure means: pure
     upstreams       one upstream address (load, health); transport: prompts and answers; control: probes, management
     handlers        resolve, dispatch, relay, and a file for each API surface
     sim             the simulated engine: tests, demonstration, benchmarks
     middleware/     (beside this package) the order is in its `stack`
 
 Imports go downwards; tests/test_imports.py holds the table and fails on a breach. `wire`, `errors`, `exchange`,
-`runtimes` and `upstreams.policies` are pure: no I/O, no clock. Bytes reach runtimes through `upstreams.transport`
-only, aiohttp's ClientSession lives in `upstreams.control` only, prometheus_client in `metrics` and `app`,
-redis in `store`.
+`runtimes`, `routing` and `upstreams.policies` are pure: no I/O, no clock. Bytes reach runtimes through
+`upstreams.transport` only, aiohttp's ClientSession lives in `upstreams.control` only, prometheus_client in `metrics`
+and `app`, redis in `store`.
 
 The way of a request
     server -> middleware (metrics, errors, hygiene, auth, rate limit) -> app.Router -> handlers.proxy.Proxy:

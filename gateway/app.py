@@ -40,6 +40,7 @@ from gateway.oidc.grants import EVERYBODY
 from gateway.oidc.issuer import Issuer
 from gateway.oidc.signers import Signers
 from gateway.oidc.tokens import Tokens
+from gateway.routing.retries import RetryBudget
 from gateway.store.client import Store
 from gateway.upstreams.control import Control
 from gateway.upstreams.health import Prober
@@ -81,12 +82,19 @@ class App:
             self.metrics.log_dropped = self.log.lost
         self.transport = Transport(config.upstream_idle_s)
         self.control = Control()
-        self.prober = Prober(self.control, lambda: self.catalog.upstreams, self._changed)
+        self.prober = Prober(self.control, lambda: self.catalog.upstreams, self._changed, on_move=self._moved)
         hosts = self.store if config.redis_url and config.store == "auto" else None  # the embedded one has no others
         self.keys = KeyBook(keys, Shared(hosts) if hosts is not None else None)
         self.draining = False
         self.journal = Journal(config.data_dir / "journal") if config.ledger else None
-        self.dispatcher = Dispatcher(self.transport, self.journal.open if self.journal is not None else None)
+        self.dispatcher = Dispatcher(
+            self.transport,
+            self.journal.open if self.journal is not None else None,
+            attempts=config.attempts,
+            budget=RetryBudget(config.retry_budget),
+            changed=self._moved,
+            doubted=self.prober.doubt,
+        )
         self.metrics.retries = lambda: self.dispatcher.retries
         self.metrics.journal = self.journal
         self.shipper = Shipper(self.journal, self.store) if self.journal is not None else None
@@ -218,6 +226,14 @@ class App:
         reason = f": {health.reason}" if health.reason else ""
         _log.log(level, "upstream %s is %s%s", upstream.name, health.status, reason)
         self.catalog.rebuild()
+
+    def _moved(self, upstream: Upstream) -> None:
+        """An upstream was ejected, is on trial, or is back."""
+        breaker = upstream.breaker
+        if breaker.state == "closed":
+            _log.info("upstream %s is back, and gets its share little by little", upstream.name)
+        elif upstream.health.status != "unreachable":  # of which the prober tells
+            _log.warning("upstream %s is ejected: %s", upstream.name, "gone" if breaker.gone else "failing")
 
     def _unready(self) -> list[str]:
         return ["the gateway is shutting down"] if self.draining else []

@@ -19,14 +19,17 @@ _NEAR = 3
 
 
 class Offer:
-    """A model at one upstream: what is asked of whom. `heads` caches request heads by operation."""
+    """A model at one upstream: what is asked of whom. `heads` caches request heads by operation; `quiet_until`: the
+    upstream asked to be left alone with this model until then (monotonic seconds).
+    """
 
-    __slots__ = ("heads", "model", "upstream")
+    __slots__ = ("heads", "model", "quiet_until", "upstream")
 
     def __init__(self, model: Model, upstream: Upstream) -> None:
         self.model = model
         self.upstream = upstream
         self.heads: dict[str, bytes] = {}
+        self.quiet_until = 0.0
 
     def __repr__(self) -> str:
         return f"<Offer {self.model.name} at {self.upstream.name}>"

@@ -112,6 +112,12 @@ class UpstreamError(GatewayError):
 
     status, type, code, blame = 502, "upstream_error", "upstream_error", "upstream"
     sent = True
+    word = ""
+
+    @property
+    def outcome(self) -> str:
+        """The attempt's outcome in one word: a key of `gateway.routing.retries.RULES`."""
+        return self.word or self.code.removeprefix("upstream_")
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -125,6 +131,18 @@ class UpstreamBroken(UpstreamError):
     """Sent, but the answer did not come, was cut, or was not HTTP."""
 
     code = "upstream_broken"
+
+
+class UpstreamSilent(UpstreamBroken):
+    """Sent, and the connection ended without a byte of an answer."""
+
+    word = "no_answer"
+
+
+class UpstreamGarbled(UpstreamBroken):
+    """It answered, and not in HTTP."""
+
+    word = "garbled"
 
 
 class UpstreamTimeout(UpstreamError):

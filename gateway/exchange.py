@@ -6,7 +6,10 @@ are monotonic seconds (`loop.time()`); `began_unix_s` is wall time, for the reco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
 
 from gateway.errors import Family, GatewayError
 from gateway.wire.usage import Usage
@@ -22,11 +25,23 @@ if TYPE_CHECKING:  # the record names these, and imports none of them
 Outcome = Literal["ok", "refused", "upstream_error", "client_gone", "partial", "internal_error"]
 
 
+class Attempt(msgspec.Struct, frozen=True, gc=False):
+    """One upstream that was asked: what came of it (a key of `routing.retries.RULES`, or "ok"), after how many seconds,
+    and the status it answered with, 0 if none.
+    """
+
+    upstream: str
+    outcome: str
+    seconds: float
+    status: int = 0
+
+
 class Exchange:
     """One request's facts. Slots only: one is made for each request, on the hot path."""
 
     __slots__ = (
         "attempts",
+        "attempts_made",
         "began_at",
         "began_unix_s",
         "body",
@@ -53,6 +68,7 @@ class Exchange:
         "request_bytes",
         "response_bytes",
         "route",
+        "route_reason",
         "status",
         "stream",
         "taken",
@@ -86,6 +102,9 @@ class Exchange:
         self.upstream = ""  # public name of the upstream address
         self.stream = False
         self.attempts = 0
+        #: those that failed, in order, and then the one that answered; empty if the first did
+        self.attempts_made: Sequence[Attempt] = ()
+        self.route_reason = ""  # why this upstream, in one word
         self.committed = False  # bytes of an answer went to the client: no error can be rendered any more
         self.meter: Meter | None = None
         self.usage: Usage | None = None

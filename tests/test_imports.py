@@ -34,7 +34,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "identity": frozenset({"store", "limits", "errors"}),
     "oidc": frozenset({"identity", "limits", "errors"}),
     "ledger": frozenset({"store", "wire", "errors", "exchange"}),
-    "upstreams": frozenset({"runtimes", "wire", "errors", "metrics"}),
+    "upstreams": frozenset({"routing", "runtimes", "wire", "errors", "metrics"}),
     "config": frozenset({"runtimes", "upstreams", "identity", "limits", "oidc", "store", "errors"}),
     "catalog": frozenset({"config", "upstreams", "runtimes", "errors"}),
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
@@ -42,7 +42,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "answer": frozenset({"exchange", "errors"}),
     "handlers": frozenset(
         {"answer", "catalog", "config", "upstreams", "runtimes", "wire", "dialects", "exchange", "ledger", "metrics"}
-        | {"errors"}
+        | {"errors", "routing"}
     ),
     "admin": frozenset(
         {
@@ -88,7 +88,6 @@ PURE = (
     "identity.principals",
     "oidc.grants",
     "oidc.issuer",
-    "upstreams.breaker",
     "upstreams.policies",
     "upstreams.upstream",
     "ledger.prices",

@@ -192,6 +192,8 @@ class Config:
     keepalive_timeout_s: float = 30.0
     #: how long a pooled upstream connection may idle: uvicorn and llama.cpp close theirs after 5 s
     upstream_idle_s: float = 4.0
+    attempts: int = 3  # upstreams that one request may be sent to, the first included
+    retry_budget: float = 0.1  # part of the requests that may be sent once more
     shutdown_s: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     access_log: bool = True

@@ -77,6 +77,8 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("min_body_rate", parsing.whole(0, 2**40), "bytes per second a request body must keep up; 0 is off"),
     _setting("keepalive_timeout_s", _seconds, "how long an idle client connection, or one sending headers, is kept"),
     _setting("upstream_idle_s", _seconds_or_zero, "how long an idle upstream connection is kept; 0 is never"),
+    _setting("attempts", parsing.whole(1, 100), "times a request may be sent until an answer begins"),
+    _setting("retry_budget", parsing.number(most=1.0), "part of the requests that may be sent again"),
     _setting("shutdown_s", _seconds_or_zero, "how long running requests may finish after SIGTERM"),
     _setting("log_level", parsing.choice("debug", "info", "warning", "error"), "least severe message to log"),
     _setting("access_log", parsing.switch, "one log line for each request"),

@@ -1,50 +1,101 @@
 """dispatch: pick an upstream, lease it, send. While it runs, the client has seen nothing yet.
 
 `async with dispatcher.dispatch(exchange, plan) as reply` gives the upstream's reply; leaving the block in any way
-(return, error, cancellation) closes the exchange with the upstream and drops the lease.
+(return, error, cancellation) closes the exchange with the upstream and drops the lease. What fails before the reply
+could be given is tried elsewhere, as `gateway.routing.retries` has it: first in the model's own pool, then in that of
+its fallbacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import random
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 import orjson
 
 from gateway import __version__
 from gateway.catalog import Offer
-from gateway.errors import BadRequest, UpstreamError, UpstreamUnreachable
-from gateway.exchange import Exchange
+from gateway.errors import BadRequest, NoCapacity, UpstreamError, UpstreamTimeout
+from gateway.exchange import Attempt, Exchange
 from gateway.handlers.resolve import Plan
+from gateway.routing.eligible import eligible, quiet_for_s
+from gateway.routing.retries import RULES, UNKNOWN, RetryBudget, backoff_s, retry_after_s
 from gateway.upstreams.policies import least_in_flight
 from gateway.upstreams.reply import Reply
 from gateway.upstreams.transport import Transport
-from gateway.upstreams.upstream import Lease
-from gateway.wire.body import usage_options
+from gateway.upstreams.upstream import Lease, Upstream
+from gateway.wire.body import Body, usage_options
 
 _USER_AGENT: Final = b"local-llm-gateway/" + __version__.encode()
 
 
 class Dispatcher:
-    """Sends plans to upstreams. `retries` counts the attempts after the first. `admitted` is told of each attempt
-    before the upstream is asked.
+    """Sends plans to upstreams: `attempts` at most for each, those after the first as the `budget` allows.
+
+    `admitted` is told of each attempt before the upstream is asked, `changed` when an upstream was ejected or came
+    back, `doubted` when one may be gone and should be probed now. `retries` counts the attempts after the first.
     """
 
-    def __init__(self, transport: Transport, admitted: Callable[[Exchange], None] | None = None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        admitted: Callable[[Exchange], None] | None = None,
+        *,
+        attempts: int = 3,
+        budget: RetryBudget | None = None,
+        changed: Callable[[Upstream], None] | None = None,
+        doubted: Callable[[Upstream], None] | None = None,
+    ) -> None:
         self._transport = transport
         self.admitted = admitted
+        self.attempts = attempts
+        self.budget = budget or RetryBudget()
+        self.changed = changed
+        self.doubted = doubted
         self.retries = 0
 
     def dispatch(self, exchange: Exchange, plan: Plan) -> Dispatch:
+        self.budget.arrived()
         return Dispatch(self, self._transport, exchange, plan)
+
+    def succeeded(self, upstream: Upstream, now: float) -> None:
+        if upstream.breaker.succeeded(now) and self.changed is not None:
+            self.changed(upstream)
+
+    def failed(self, upstream: Upstream, outcome: str, now: float) -> None:
+        """Lay a failure at the upstream's door, as far as it is its own."""
+        rule = RULES.get(outcome, UNKNOWN)
+        if not rule.weight:
+            upstream.breaker.neutral()
+            return
+        upstream.failed += 1
+        if upstream.breaker.failed(now, rule.weight, gone=rule.gone) and self.changed is not None:
+            self.changed(upstream)
+        if rule.gone and self.doubted is not None:
+            self.doubted(upstream)
 
 
 class Dispatch:
     """One request's way to an upstream; see the module's docstring."""
 
-    __slots__ = ("_dispatcher", "_exchange", "_lease", "_plan", "_reply", "_sent_at", "_transport")
+    __slots__ = (
+        "_began_at",
+        "_dispatcher",
+        "_exchange",
+        "_lease",
+        "_offer",
+        "_plan",
+        "_reply",
+        "_sent_at",
+        "_tier",
+        "_transport",
+        "_tried",
+    )
 
     def __init__(self, dispatcher: Dispatcher, transport: Transport, exchange: Exchange, plan: Plan) -> None:
         self._dispatcher = dispatcher
@@ -53,77 +104,217 @@ class Dispatch:
         self._plan = plan
         self._reply: Reply | None = None
         self._lease: Lease | None = None
-        self._sent_at = 0.0
+        self._offer = plan.offers[0]
+        self._tier = 0
+        #: upstreams that failed this request
+        self._tried: tuple[Upstream, ...] = ()
+        self._began_at = self._sent_at = 0.0
 
-    async def __aenter__(self) -> Reply:
+    def __aenter__(self) -> Coroutine[Any, Any, Reply]:
+        self._began_at = monotonic()
+        ready = self._ready(self._began_at)
+        if not ready:
+            raise self._nobody()
+        return self._send(ready, self._plan.body)
+
+    async def another(self, body: bytes, broken: UpstreamError, able: Callable[[Offer], bool] | None = None) -> Reply:
+        """One more attempt, elsewhere, for an answer that `broken` ended after the client had seen some of it: `body`
+        asks for its rest. `able`: the offers that understand such a request.
+
+        Counts as one of the request's attempts; no part of the retry budget, for it gives no engine work that another
+        still has. Raises `UpstreamError` if it fails, too, or NoCapacity if nobody is left.
+        """
+        self._note(broken.outcome, monotonic())
+        self._leave(broken.outcome)
+        if self._offer.upstream not in self._tried:
+            self._tried = (*self._tried, self._offer.upstream)
+        if self._exchange.attempts >= self._dispatcher.attempts:
+            raise NoCapacity("no further attempt may be made for this request")
+        ready = self._ready(monotonic())
+        if able is not None:
+            ready = [offer for offer in ready if able(offer)]
+        if not ready:
+            raise NoCapacity("no other upstream can go on with this answer")
+        return await self._send(ready, Body.parse(body))
+
+    async def _send(self, ready: Sequence[Offer], asked: Body) -> Reply:
+        """Attempts, one after the other, until one begins to answer. Raises when no more may be made."""
         exchange = self._exchange
-        candidates = self._plan.offers
-        self._sent_at = monotonic()
+        dispatcher = self._dispatcher
+        plan = self._plan
         while True:
-            offer = candidates[0] if len(candidates) == 1 else least_in_flight(candidates)
+            offer = self._offer = self._choose(ready)
             upstream = offer.upstream
+            self._lease = upstream.lease()
+            now = self._sent_at = monotonic()
+            if not upstream.breaker.clear:
+                upstream.breaker.chosen(now)
             exchange.attempts += 1
             exchange.model = offer.model.name
             exchange.price = offer.model.price
             exchange.provider = upstream.provider
             exchange.upstream = upstream.name
-            body = patched(self._plan, offer)
-            head = request_head(self._plan, offer, exchange.id, len(body))
-            self._lease = upstream.lease()
-            if self._dispatcher.admitted is not None:
-                self._dispatcher.admitted(exchange)
             try:
+                body = patched(plan, offer, asked)
+                head = request_head(plan, offer, exchange.id, len(body))
+                if dispatcher.admitted is not None:
+                    dispatcher.admitted(exchange)
                 reply = self._reply = await self._transport.send(upstream, head, body)
-                if reply.status in (401, 403):
-                    # The upstream's word about our credential, which the client would take for one about its own.
-                    raise UpstreamError(
-                        f"provider {upstream.provider!r} refused the gateway's credential ({reply.status}): "
-                        "check its `apiKey`",
-                        code="upstream_auth_failed",
-                    )
-                if 300 <= reply.status < 400:  # followed blindly, it would take prompts to another host
-                    raise UpstreamError(
-                        f"provider {upstream.provider!r} redirects ({reply.status}): "
-                        "set its `baseUrl` to the final address",
-                        code="upstream_redirect",
-                    )
-            except UpstreamUnreachable:
-                self._leave(upstream_failed=True)
-                candidates = tuple(one for one in candidates if one.upstream is not upstream)
-                if not candidates:
-                    raise
-                self._dispatcher.retries += 1
-                continue
-            except UpstreamError:
-                self._leave(upstream_failed=True)
-                raise
+                if reply.status >= 300:
+                    self._judge(reply, offer)
+            except UpstreamError as error:
+                pause_s = self._next(error)
+                if pause_s is None:  # nothing better will come: the upstream's own words
+                    assert self._reply is not None
+                    reply = self._reply
+                else:
+                    self._leave("")
+                    if pause_s:
+                        await asyncio.sleep(pause_s)
+                    ready = self._ready(monotonic())
+                    if not ready:
+                        raise self._exhausted(error) from error
+                    dispatcher.retries += 1
+                    continue
             except BaseException:
-                self._leave(upstream_failed=False)
+                self._leave("client_gone")
                 raise
+            else:
+                dispatcher.succeeded(upstream, reply.first_byte_at)
+                if exchange.attempts_made:
+                    self._note("ok", reply.first_byte_at)
             exchange.first_byte_at = reply.first_byte_at
             return reply
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave(upstream_failed=isinstance(self._exchange.error, UpstreamError))
+        failure = self._exchange.error
+        self._leave(failure.outcome if isinstance(failure, UpstreamError) else "client_gone" if error else "")
 
-    def _leave(self, *, upstream_failed: bool) -> None:
-        """Close the exchange with the upstream (a no-op for one that is complete) and drop the lease."""
-        self._exchange.upstream_s = monotonic() - self._sent_at
+    # -- whom to ask ------------------------------------------------------------------------------------------------
+
+    def _ready(self, now: float) -> Sequence[Offer]:
+        """The offers to choose from now: of the first tier that has any."""
+        tiers = self._plan.tiers
+        while True:
+            ready = eligible(tiers[self._tier], self._tried, now)
+            if ready or self._tier + 1 >= len(tiers):
+                return ready
+            self._tier += 1
+
+    def _choose(self, ready: Sequence[Offer]) -> Offer:
+        """One of `ready`, which is not empty."""
+        return ready[0] if len(ready) == 1 else least_in_flight(ready)
+
+    # -- what became of it ------------------------------------------------------------------------------------------
+
+    def _judge(self, reply: Reply, offer: Offer) -> None:
+        """Raises for an answer that says nothing about the request, but about the upstream: another may do better."""
+        status = reply.status
+        upstream = offer.upstream
+        if status >= 500 or status == 429:
+            if status in (501, 505):
+                return
+            wait_s = retry_after_s(reply.head.header(b"retry-after"), time.time()) if status in (429, 503) else None
+            if wait_s:
+                offer.quiet_until = monotonic() + wait_s
+            code = "busy" if status == 429 or wait_s is not None else "unavailable" if status == 503 else "failed"
+            raise UpstreamError(
+                f"provider {upstream.provider!r} answered {status}", code=f"upstream_{code}", retry_after_s=wait_s
+            )
+        if status in (401, 403):
+            # The upstream's word about our credential, which the client would take for one about its own.
+            raise UpstreamError(
+                f"provider {upstream.provider!r} refused the gateway's credential ({status}): check its `apiKey`",
+                code="upstream_auth_failed",
+            )
+        if status < 400:  # followed blindly, it would take prompts to another host
+            raise UpstreamError(
+                f"provider {upstream.provider!r} redirects ({status}): set its `baseUrl` to the final address",
+                code="upstream_redirect",
+            )
+
+    def _next(self, error: UpstreamError) -> float | None:
+        """Whether to go on after `error`: the seconds to wait first; None to give the client what the upstream said.
+
+        Raises the error that the client gets, if that is the end.
+        """
+        exchange = self._exchange
+        upstream = self._offer.upstream
+        outcome = error.outcome
+        rule = RULES.get(outcome, UNKNOWN)
+        now = monotonic()
+        self._dispatcher.failed(upstream, outcome, now)
+        pause_s = 0.0
+        again = rule.again != "never" and exchange.attempts < self._dispatcher.attempts
+        if again:
+            if upstream not in self._tried:
+                self._tried = (*self._tried, upstream)
+            if not self._ready(now):
+                again = rule.again == "anywhere"
+                self._tried, self._tier = (), 0
+                pause_s = backoff_s(exchange.attempts, random.random())  # noqa: S311
+        if again and self._dispatcher.budget.take(now):
+            self._note(outcome, now)
+            return pause_s
+        if not exchange.attempts_made and self._reply is not None and (self._reply.status >= 500 or outcome == "busy"):
+            return None
+        if exchange.attempts_made:
+            self._note(outcome, now)
+        self._leave("")
+        raise self._exhausted(error) from error
+
+    def _note(self, outcome: str, now: float) -> None:
+        """Write the attempt down."""
+        made = self._exchange.attempts_made
+        status = self._reply.status if self._reply is not None else 0
+        attempt = Attempt(self._offer.upstream.name, outcome, round(now - self._sent_at, 6), status)
+        if isinstance(made, list):
+            made.append(attempt)
+        else:
+            self._exchange.attempts_made = [attempt]
+
+    def _exhausted(self, error: UpstreamError) -> Exception:
+        """What the client is told when all attempts failed: the only one's own error, or one that lists them all."""
+        made = self._exchange.attempts_made
+        if len(made) < 2:
+            return error
+        tried = "; ".join(f"{one.upstream}: {one.outcome.replace('_', ' ')} after {one.seconds:.1f} s" for one in made)
+        message = f"{error.message} (attempts: {tried})"
+        outcomes = {one.outcome for one in made}
+        if outcomes & {"busy", "unavailable"}:
+            wait_s = max(1.0, error.retry_after_s or quiet_for_s(self._plan.tiers, monotonic()))
+            return NoCapacity(message, retry_after_s=wait_s)
+        if all(outcome.endswith("timeout") for outcome in outcomes):
+            return UpstreamTimeout(message, code=error.code)
+        return UpstreamError(message, status=error.status, code=error.code)
+
+    def _nobody(self) -> NoCapacity:
+        """Why nobody can be asked at all."""
+        wait_s = quiet_for_s(self._plan.tiers, monotonic())
+        if wait_s:
+            return NoCapacity("every upstream of this model asked to be left alone for now", retry_after_s=wait_s)
+        return NoCapacity("every upstream of this model is being taken out of service", retry_after_s=5.0)
+
+    def _leave(self, outcome: str) -> None:
+        """Close the exchange with the upstream (a no-op for one that is complete) and drop the lease. `outcome`: what
+        is still to be said about the upstream, if anything.
+        """
+        now = monotonic()
+        self._exchange.upstream_s = now - self._began_at
         if self._reply is not None:
             self._reply.close()
             self._reply = None
         lease, self._lease = self._lease, None
         if lease is not None:
-            if upstream_failed and lease.upstream is not None:
-                lease.upstream.failed += 1
+            if outcome and lease.upstream is not None:
+                self._dispatcher.failed(lease.upstream, outcome, now)
             lease.release()
 
 
-def patched(plan: Plan, offer: Offer) -> bytes:
-    """The body for this offer: the client's bytes, spliced only where they must differ."""
-    body = plan.body
+def patched(plan: Plan, offer: Offer, body: Body) -> bytes:
+    """`body` for this offer: the client's bytes, spliced only where they must differ."""
     replace = plan.replace
     remove = plan.remove
     model = offer.model

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from gateway.exchange import Exchange
+from gateway.exchange import Attempt, Exchange
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
@@ -46,6 +46,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
     cost: float | None = None
     client: str = ""  # address the request came from
     model_asked: str = ""  # as the client wrote it, where that is not `model`
+    attempts_made: tuple[Attempt, ...] = ()  # where there was more than one
+    route_reason: str = ""
 
 
 def record(exchange: Exchange) -> Record:
@@ -87,6 +89,8 @@ def record(exchange: Exchange) -> Record:
         exchange.cost,
         exchange.remote,
         exchange.model_asked[:200] if exchange.model_asked != exchange.model else "",
+        tuple(exchange.attempts_made),
+        exchange.route_reason,
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from httptools import HttpParserError, HttpResponseParser
 
-from gateway.errors import UpstreamBroken, UpstreamTimeout
+from gateway.errors import UpstreamBroken, UpstreamGarbled, UpstreamSilent, UpstreamTimeout
 from gateway.upstreams.reply import Reply, StaleConnection
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Connection(asyncio.Protocol):
             self._feed(data)
         except HttpParserError as error:
             if not self._complete:
-                self._break(f"its answer is not valid HTTP/1.1: {_reason(error)}")
+                self._break(f"its answer is not valid HTTP/1.1: {_reason(error)}", UpstreamGarbled)
                 return
             self._keep_alive = False  # the answer is whole; what followed it is not ours
         pieces = self._pieces
@@ -145,7 +145,7 @@ class Connection(asyncio.Protocol):
                 self._bodiless_bytes += len(data)
             if self._bodiless_bytes + len(self._head) > MAX_HEAD_BYTES:
                 what = "trailers are" if reply.head_complete else "response head is"
-                self._break(f"its {what} larger than {MAX_HEAD_BYTES} bytes")
+                self._break(f"its {what} larger than {MAX_HEAD_BYTES} bytes", UpstreamGarbled)
                 return
         if self._complete and self.reply is reply:
             self._done(reply)
@@ -173,7 +173,7 @@ class Connection(asyncio.Protocol):
             self._pool.active.discard(self)
             reply.fail(StaleConnection())
         elif not reply.received:
-            self._break("it closed the connection without an answer")
+            self._break("it closed the connection without an answer", UpstreamSilent)
         else:
             self._break("it closed the connection in the middle of its answer")
 
@@ -230,12 +230,12 @@ class Connection(asyncio.Protocol):
                 transport.abort()
         reply.finish()
 
-    def _break(self, reason: str) -> None:
+    def _break(self, reason: str, kind: type[UpstreamBroken] = UpstreamBroken) -> None:
         reply = self.reply
         self._pieces.clear()
         self.abort()
         if reply is not None:
-            reply.fail(UpstreamBroken(f"provider {self.upstream.provider!r} failed: {reason}"))
+            reply.fail(kind(f"provider {self.upstream.provider!r} failed: {reason}"))
 
     def expire(self, reply: Reply, name: str) -> None:
         """The reply's deadline `name` has passed."""

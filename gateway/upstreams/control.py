@@ -18,7 +18,7 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
-from gateway.errors import UpstreamError
+from gateway.errors import UpstreamError, UpstreamUnreachable
 from gateway.upstreams.reasons import FOREIGN, TooLarge, error_text, explain
 from gateway.upstreams.upstream import Health, Upstream
 
@@ -208,7 +208,9 @@ class Control:
                     reason, latency_s = await self._visit(upstream)
                 upstream.health = Health("degraded" if reason else "ok", reason, latency_s, self.clock())
             except FOREIGN as error:
-                upstream.health = Health("unreachable", explain(error, self.timeout_s)[1], None, self.clock())
+                kind, reason = explain(error, self.timeout_s)
+                gone = kind is UpstreamUnreachable
+                upstream.health = Health("unreachable", reason, None, self.clock(), gone)
             return upstream.health
 
     async def _visit(self, upstream: Upstream) -> tuple[str, float]:

@@ -1,22 +1,29 @@
-"""The prober: one task that keeps the health and the model list of every upstream fresh."""
+"""The prober: one task that keeps the health and the model list of every upstream fresh, and its breaker informed."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
 from collections.abc import Callable, Iterable
+from typing import Final
 
 from gateway.upstreams.control import Control
-from gateway.upstreams.upstream import HealthStatus, Upstream
+from gateway.upstreams.upstream import Health, HealthStatus, Upstream
 
 log = logging.getLogger(__name__)
+
+#: an upstream that takes connections and answers no probe is ejected after so many in a row
+UNANSWERED: Final = 2
+#: an upstream in doubt is probed at once, but no sooner than this after the probe before
+DOUBT_S: Final = 0.2
 
 
 class Prober:
     """Probes `upstreams()` again and again, in parallel; calls `on_change` when a status or a model list
-    changed.
+    changed, and `on_move` when a finding ejected an upstream or brought it back.
 
     `upstreams` is asked anew each time, so a reloaded set is picked up within `recheck_s`. An upstream that
     answers is probed every `interval_s`, one that does not every `recheck_s`, so that its return is seen
@@ -33,6 +40,7 @@ class Prober:
         interval_s: float = 10.0,
         recheck_s: float = 1.0,
         jitter: float = 0.2,
+        on_move: Callable[[Upstream], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         spread: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -41,6 +49,7 @@ class Prober:
         self._control = control
         self._upstreams = upstreams
         self._on_change = on_change
+        self._on_move = on_move
         self._interval_s = interval_s
         self._recheck_s = min(recheck_s, interval_s)
         self._jitter = jitter
@@ -49,7 +58,9 @@ class Prober:
         self._next_at: dict[Upstream, float] = {}
         #: what was last told of each: others may probe in between, and their finding must be told too
         self._told: dict[Upstream, tuple[HealthStatus, tuple[str, ...]]] = {}
+        self._unanswered: dict[Upstream, int] = {}
         self._task: asyncio.Task[None] | None = None
+        self._doubt = asyncio.Event()
 
     def start(self) -> None:
         """Begin probing in a task of its own; the first round runs at once."""
@@ -64,10 +75,18 @@ class Prober:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
+    def doubt(self, upstream: Upstream) -> None:
+        """A request found it gone, or so it seems: probe it now."""
+        soon = max(self._clock(), upstream.health.checked_at + DOUBT_S)
+        if soon < self._next_at.get(upstream, 0.0):
+            self._next_at[upstream] = soon
+            self._doubt.set()
+
     def due(self, now: float) -> list[Upstream]:
         """The upstreams whose time has come; forgets those that have left the set."""
         current = tuple(self._upstreams())
         self._next_at = {upstream: self._next_at.get(upstream, now) for upstream in current}
+        self._unanswered = {one: count for one, count in self._unanswered.items() if one in self._next_at}
         self._told = {upstream: told for upstream, told in self._told.items() if upstream in self._next_at}
         return [upstream for upstream, at in self._next_at.items() if at <= now]
 
@@ -80,18 +99,34 @@ class Prober:
             await self.probe_due()
             # A short tick rather than a computed wake-up: a reload may bring upstreams that are due now.
             soonest_at = min(self._next_at.values(), default=float("inf"))
-            await asyncio.sleep(max(0.01, min(soonest_at - self._clock(), self._recheck_s)))
+            self._doubt.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.01, min(soonest_at - self._clock(), self._recheck_s))):
+                    await self._doubt.wait()
 
     async def _probe(self, upstream: Upstream) -> None:
         wait_s = self._interval_s
         try:
-            if (await self._control.probe(upstream)).status == "unreachable":
+            health = await self._control.probe(upstream)
+            if health.status == "unreachable":
                 wait_s = self._recheck_s
+            self._inform(upstream, health)
             self._tell(upstream)
         except Exception:
             # One defect, here or in a listener, must not end the probing of the whole fleet.
             log.exception("probing %s failed", upstream.name)
         self._next_at[upstream] = self._clock() + wait_s * self._spread(1 - self._jitter, 1 + self._jitter)
+
+    def _inform(self, upstream: Upstream, health: Health) -> None:
+        """Tell the breaker what the probe found."""
+        if health.status == "unreachable":
+            unanswered = self._unanswered[upstream] = self._unanswered.get(upstream, 0) + 1
+            moved = (health.gone or unanswered >= UNANSWERED) and upstream.breaker.found_gone(self._clock())
+        else:
+            self._unanswered.pop(upstream, None)
+            moved = upstream.breaker.found_well(self._clock())
+        if moved and self._on_move is not None:
+            self._on_move(upstream)
 
     def _tell(self, upstream: Upstream) -> None:
         finding = (upstream.health.status, upstream.models)

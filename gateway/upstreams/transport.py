@@ -69,6 +69,9 @@ class Pool:
         upstream = self.upstream
         loop = asyncio.get_running_loop()
         timeout_s = upstream.timeouts.connect_s
+        if not upstream.dialling:
+            upstream.dialling_at = monotonic()
+        upstream.dialling += 1
         try:
             async with asyncio.timeout(timeout_s):
                 _, connection = await loop.create_connection(
@@ -78,6 +81,7 @@ class Pool:
                     ssl=self.tls,
                     server_hostname=upstream.host if self.tls is not None else None,
                 )
+            upstream.dialling_at = monotonic()
         except TimeoutError:
             raise UpstreamUnreachable(
                 f"provider {upstream.provider!r} is unreachable: no connection to {upstream.netloc} "
@@ -93,6 +97,8 @@ class Pool:
             raise UpstreamUnreachable(
                 f"provider {upstream.provider!r} is unreachable: {upstream.netloc}: {_why(error)}"
             ) from error
+        finally:
+            upstream.dialling -= 1
         if connection.transport is None or connection.transport.is_closing():
             raise UpstreamUnreachable(
                 f"provider {upstream.provider!r} is unreachable: {upstream.netloc} closed the connection at once"

@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
+from gateway.routing.breaker import Breaker
 from gateway.runtimes import Runtime
 
 HealthStatus = Literal["unknown", "ok", "degraded", "unreachable"]
 
+#: a host that is there has taken the connection by then; one that has not is not asked as long as others are there
+SUSPECT_S: Final = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """The last probe's finding. `latency_s` is the probe's round trip, None where nothing answered."""
+    """The last probe's finding. `latency_s` is the probe's round trip, None where nothing answered; `gone`: there was
+    nobody to connect to, which one probe can tell, while one that is not answered may have met a busy moment.
+    """
 
     status: HealthStatus = "unknown"
     reason: str = "not probed yet"
     latency_s: float | None = None
     checked_at: float = 0.0  # monotonic seconds
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +55,16 @@ class Upstream:
     __slots__ = (
         "api_key",
         "base_url",
+        "breaker",
+        "dialling",
+        "dialling_at",
         "draining",
         "failed",
         "health",
         "host",
         "in_flight",
         "loaded",
+        "max_in_flight",
         "models",
         "name",
         "netloc",
@@ -111,6 +122,14 @@ class Upstream:
         self.in_flight = 0
         self.served = 0  # leases ever given: breaks ties between equally loaded upstreams
         self.failed = 0
+        self.breaker = Breaker()
+        self.max_in_flight: int | None = None  # requests it takes at once; None: as many as come
+        self.dialling = 0  # connections being opened
+        self.dialling_at = 0.0  # since when no such connection came about, 0.0 while none is being opened
+
+    def suspect(self, now: float) -> bool:
+        """Whether connections to it hang: it may be gone without a word, and each request sent there would wait."""
+        return self.dialling > 0 and now - self.dialling_at > SUSPECT_S
 
     def url(self, path: str) -> str:
         """Absolute URL of `path`, which starts at the root ("/api/tags", "/v1/models", "/health")."""

@@ -50,6 +50,10 @@ class ResponseHead:
                     raise ValueError("it used a transfer coding that was not asked for")
                 self.chunked = True
 
+    def header(self, name: bytes) -> bytes:
+        """The first value of a header, by its lower-case name; b"" for none."""
+        return next((value for key, value in self.headers if key.lower() == name), b"")
+
     def client_lines(self) -> bytes:
         """The header lines for the client, as `response_headers` makes them. Raises UpstreamBroken."""
         if self._lines is None:

@@ -121,25 +121,32 @@ async def test_when_nobody_can_be_reached_the_client_hears_who_and_why() -> None
         answer = await here.ask("POST", CHAT, chat())
         assert answer.status == 502
         assert answer.error["code"] == "upstream_unreachable"
-        assert "'north'" in answer.error["message"] or "'south'" in answer.error["message"]
+        assert "north: unreachable after" in answer.error["message"]
+        assert "south: unreachable after" in answer.error["message"]
         assert "refused" in answer.error["message"]
         record = here.record
-        assert (record.status, record.outcome, record.attempts) == (502, "upstream_error", 2)
+        assert (record.status, record.outcome, record.attempts) == (502, "upstream_error", 3)
+        assert {one.upstream for one in record.attempts_made} == {"north", "south"}
+        assert {one.outcome for one in record.attempts_made} == {"unreachable"}
         assert (record.prompt_tokens, record.completion_tokens) == (None, None)
         here.assert_idle()
 
 
-async def test_what_was_sent_is_not_sent_again(sims: tuple[SimServer, SimServer]) -> None:
-    """A request that an upstream may have seen is not tried at another: it could be answered, and paid, twice."""
+async def test_what_fails_unanswered_is_sent_to_another(sims: tuple[SimServer, SimServer]) -> None:
+    """A prompt changes nothing where it was sent: as long as the client has seen nothing, another may answer."""
     one, two = sims
     one.faults = {"reset": True}
-    two.faults = {"reset": True}
     async with gateway(provider("one", one.url), provider("two", two.url)) as here:
-        answer = await here.ask("POST", CHAT, chat())
-        assert answer.status == 502
-        assert answer.error["code"] == "upstream_broken"
-        assert len(posts(one)) + len(posts(two)) == 1
-        assert here.record.attempts == 1
+        answers = [await here.ask("POST", CHAT, chat(max_tokens=1)) for _ in range(4)]
+        assert {answer.status for answer in answers} == {200}
+        again = [record for record in here.records if record.attempts == 2]
+        assert again
+        assert [(made.upstream, made.outcome) for made in again[0].attempts_made] == [
+            ("one", "no_answer"),
+            ("two", "ok"),
+        ]
+        assert "no_answer" in here.log_text()
+        here.assert_idle()
 
 
 async def test_an_alias_is_written_over_and_nothing_else(sims: tuple[SimServer, SimServer]) -> None:

@@ -1,0 +1,60 @@
+"""Which offers of a pool may be asked now: not tried yet, not draining, not ejected, not asked to be left alone.
+
+Never eject everyone: outcomes may have ejected an upstream that its probes find well, and where fewer than half of a
+pool is left those count again; where nobody is left, everyone does, for an upstream thought dead may answer and an
+empty pool cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol, TypeVar
+
+from gateway.routing.breaker import Breaker
+
+#: below this part of the pool, what only outcomes have ejected is asked again
+PANIC_PART: Final = 0.5
+
+
+class Place(Protocol):
+    """What is known of an upstream."""
+
+    @property
+    def breaker(self) -> Breaker: ...
+
+    @property
+    def draining(self) -> bool: ...
+
+    def suspect(self, now: float) -> bool:
+        """Whether it has been silent on a connection being opened for longer than a healthy one ever is."""
+
+
+class Candidate(Protocol):
+    @property
+    def upstream(self) -> Place: ...
+
+    #: asked by the upstream to be left alone until then
+    quiet_until: float
+
+
+T = TypeVar("T", bound=Candidate)
+
+
+def eligible(tier: Sequence[T], tried: Sequence[object], now: float) -> Sequence[T]:
+    """Those of `tier` to choose from; empty if there is none. `tried`: the upstreams that this request has been at."""
+    if len(tier) == 1 and not tried:
+        return tier if not tier[0].upstream.draining else ()
+    left = [one for one in tier if not one.upstream.draining and one.quiet_until <= now and one.upstream not in tried]
+    ready = [one for one in left if one.upstream.breaker.allows(now) and not one.upstream.suspect(now)]
+    if 2 * len(ready) >= len(left):
+        return ready or left
+    ready += [
+        one for one in left if one not in ready and not one.upstream.breaker.gone and not one.upstream.suspect(now)
+    ]
+    return ready or left
+
+
+def quiet_for_s(tiers: Sequence[Sequence[Candidate]], now: float) -> float:
+    """Seconds until the first of those that asked to be left alone may be asked again; 0.0 if none has."""
+    waits = [one.quiet_until - now for tier in tiers for one in tier if one.quiet_until > now]
+    return min(waits, default=0.0)
