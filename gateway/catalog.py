@@ -155,6 +155,7 @@ class Catalog:
                     api_key=provider.api_key.value,
                     timeouts=provider.timeouts,
                     weight=provider.weight,
+                    max_in_flight=provider.max_in_flight,
                 )
                 for url in provider.base_urls
             )

@@ -31,7 +31,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "log": frozenset({"exchange", "errors", "ledger"}),
     "store": frozenset({"errors", "metrics"}),
     "limits": frozenset({"store", "errors"}),
-    "identity": frozenset({"store", "limits", "errors"}),
+    "identity": frozenset({"store", "limits", "routing", "errors"}),
     "oidc": frozenset({"identity", "limits", "errors"}),
     "ledger": frozenset({"store", "wire", "errors", "exchange"}),
     "upstreams": frozenset({"routing", "runtimes", "wire", "errors", "metrics"}),

@@ -29,6 +29,8 @@ def rows(config: Config) -> list[Row]:
                 found += _provider_rows(config, f"providers[{index}]", provider)
         elif field.name == "limits" and value:
             found += [(f"limits.{limit.name}", _limit_text(limit), origin) for limit in value]
+        elif field.name == "tenants" and value:
+            found += [(f"tenants.{tenant.group}", str(tenant), origin) for tenant in value]
         elif field.name in ("oidc_audience", "oidc_algorithms"):
             found.append((field.name, ", ".join(value) or "(none)", origin))
         elif field.name == "oidc_grants" and value:
@@ -68,6 +70,8 @@ def _provider_rows(config: Config, path: str, provider: Provider) -> Iterator[Ro
     yield row("runtime", provider.runtime or "openai")
     yield row("api_key", provider.api_key)
     yield row("weight", provider.weight)
+    if provider.max_in_flight is not None:
+        yield row("max_in_flight", provider.max_in_flight)
     for name in ("connect", "first_byte", "idle", "total"):
         yield row(f"timeouts.{name}", getattr(provider.timeouts, f"{name}_s") or "off")
     if provider.discover:

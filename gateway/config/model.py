@@ -101,7 +101,8 @@ class Provider:
     `base_urls` are OpenAI bases without a trailing slash ("http://host:8000/v1"). `runtime` is a name in
     RUNTIMES, or "" for a generic OpenAI-compatible server. `discover`: `models` was left out, so the upstream
     is asked. `origin` names the configuration entry in words an operator can search for ("environment
-    OPENAI_COMPATIBLE_DATA[0]", "gateway.toml:providers[1]").
+    OPENAI_COMPATIBLE_DATA[0]", "gateway.toml:providers[1]"). `max_in_flight`: requests each address takes at once; None
+    leaves that to what the runtime says of itself.
     """
 
     name: str
@@ -113,6 +114,18 @@ class Provider:
     weight: int = 1
     timeouts: Timeouts = field(default_factory=Timeouts)
     origin: str = "default"
+    max_in_flight: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A group of keys, and its share of a full fleet: `weight` beside another's."""
+
+    group: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return f"weight {self.weight:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +195,13 @@ class Config:
     oidc_grants: tuple[Grant, ...] = ()  # every token of the issuer for the audience, with no role
     limits: tuple[Limit, ...] = ()
     limits_share: float = 1.0  # of each limit, what this process grants alone while the store is away
+    queue_s: float = 60.0  # longest wait for room on an upstream; 0: nobody waits
+    queue_max: int = 1000  # requests that wait at once
+    #: what a token of a prompt and one of an answer count against a tenant, while others wait
+    queue_input_weight: float = 1.0
+    queue_output_weight: float = 2.0
+    comment_s: float = 15.0  # between the comments to a stream that has nothing to say yet; 0 is off
+    tenants: tuple[Tenant, ...] = ()
     providers: tuple[Provider, ...] = ()
     ollama_base_url: str | None = None  # native root without /api: "http://localhost:11434"
     enable_pull: bool = False

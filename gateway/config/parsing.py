@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
-from gateway.config.model import Listen, Problem, Secret
+from gateway.config.model import Listen, Problem, Secret, Tenant
 from gateway.errors import BadRequest
+from gateway.identity import fields
 from gateway.limits.spec import Limit, SpecError, parse_limits
 from gateway.oidc import issuer
 from gateway.oidc.grants import Grant, parse_grants
@@ -181,6 +182,28 @@ def limits(raw: object) -> tuple[Limit, ...]:
         return parse_limits(raw)
     except SpecError as error:
         raise Refused(str(error), shown="") from None
+
+
+def tenants(raw: object) -> tuple[Tenant, ...]:
+    """Groups and their weights: {"research": {"weight": 3}}."""
+    rule = 'must be an object of groups: {"research": {"weight": 3}}'
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise Refused(rule) from None
+    if not isinstance(raw, dict):
+        raise Refused(rule)
+    found = []
+    for group, document in raw.items():
+        if not isinstance(document, dict) or set(document) != {"weight"}:
+            raise Refused(rule, shown="")
+        try:
+            named = fields.FIELDS["group"](group, 0.0)
+            found.append(Tenant(named, fields.FIELDS["weight"](document["weight"], 0.0)))
+        except BadRequest as error:
+            raise Refused(error.message, shown="") from None
+    return tuple(found)
 
 
 def trusted_url(raw: object) -> str:

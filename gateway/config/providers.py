@@ -5,6 +5,7 @@
                   "aliases": ["r1"], "contextWindow": 32768, "price": {"input": 0.1, "output": 0.4},
                   "fallbacks": ["qwen3-32b"]}],
       "baseUrls": ["http://gpu1:8000/v1", "http://gpu2:8000/v1"], "runtime": "vllm", "weight": 1,
+      "maxInFlight": 32,
       "timeouts": {"connect": 5, "firstByte": 600, "idle": 60, "total": null}}]
 
 `provider` and one of `baseUrl`, `baseUrls` are required; `models` left out means "ask the upstream". Times
@@ -34,6 +35,7 @@ _PROVIDER_KEYS: Final = (
     "models",
     "runtime",
     "weight",
+    "maxInFlight",
     "timeouts",
 )
 _MODEL_KEYS: Final = ("apiName", "uiName", "supportsTools", "aliases", "contextWindow", "price", "fallbacks")
@@ -157,13 +159,14 @@ class Reader(Report):
         runtime = entry.take("runtime", _runtime, "")
         key = entry.take("apiKey", self.secret, Secret(""))
         weight = entry.take("weight", parsing.whole(1, 1_000_000), 1)
+        most = entry.take("maxInFlight", parsing.whole(1, 1_000_000), None)
         urls = self._base_urls(entry, runtime)
         timeouts = self._timeouts(entry)
         discover = entry.raw.get("models") is None
         models = self._models(entry)
         if not name:
             return None
-        return Provider(name, urls, runtime, key, models, discover, weight, timeouts, entry.origin)
+        return Provider(name, urls, runtime, key, models, discover, weight, timeouts, entry.origin, most)
 
     def _base_urls(self, entry: Entry, runtime: str) -> tuple[str, ...]:
         def parse(raw: object) -> str:

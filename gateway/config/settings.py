@@ -40,6 +40,7 @@ def _setting(
 
 
 _seconds = parsing.number(above=0.0, unit=" (seconds)")
+_token_weight = parsing.number(most=1000.0)
 _seconds_or_zero = parsing.number(unit=" (seconds)")
 
 SETTINGS: Final[tuple[Setting, ...]] = (
@@ -71,6 +72,12 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         parsing.number(above=0.0, most=1.0),
         "part of each limit that this process grants while the store is away",
     ),
+    _setting("queue_s", _seconds_or_zero, "longest wait for room on an upstream; 0: nobody waits"),
+    _setting("queue_max", parsing.whole(0, 1_000_000), "requests that may wait for room at once"),
+    _setting("queue_input_weight", _token_weight, "what a prompt's token counts against a tenant while others wait"),
+    _setting("queue_output_weight", _token_weight, "what an answer's token counts against it"),
+    _setting("tenants", parsing.tenants, "JSON object of groups and their weights", flag=False),
+    _setting("comment_s", _seconds_or_zero, "seconds between comments to a stream with nothing to say yet; 0 is off"),
     _setting("tools_unsupported", parsing.choice("strip", "reject"), "tools for a model without them"),
     _setting("max_body_bytes", parsing.whole(1, 2**40), "largest request body"),
     _setting("body_timeout_s", _seconds, "longest wait for a request body"),

@@ -53,6 +53,8 @@ def add_commands(parser: argparse.ArgumentParser, common: Callable[[argparse.Arg
         "--limit", metavar="JSON", action="append", help='{"resource": "requests", "burst": 60, "per_min": 60}'
     )
     create.add_argument("--budget", metavar="JSON", help='{"amount": 10, "unit": "currency", "period": "month"}')
+    create.add_argument("--priority", metavar="CLASS", help="how its requests wait: high, normal or low")
+    create.add_argument("--weight", metavar="NUMBER", type=float, help="its share of a full fleet; 1 if not said")
     create.add_argument("--expires", metavar="WHEN", help="30d, 12h, or 2027-01-31T00:00:00Z")
     create.add_argument("--metadata", metavar="KEY=TEXT", action="append", help="a note; may be repeated")
 
@@ -95,6 +97,7 @@ async def _run(args: argparse.Namespace, ring: KeyRing, open_shared: Open) -> in
 async def _create(args: argparse.Namespace, book: KeyBook) -> None:
     raw: dict[str, Any] = {"name": args.name}
     given = {"group": args.group, "roles": args.role, "models": args.model, "expires_at": args.expires}
+    given |= {"priority": args.priority, "weight": args.weight}
     raw.update({name: value for name, value in given.items() if value is not None})
     if args.limit:
         raw["limits"] = [_parsed(text, "--limit") for text in args.limit]

@@ -15,6 +15,7 @@ from typing import Any, Final
 from gateway.errors import BadRequest
 from gateway.identity.principals import ROLES
 from gateway.limits.spec import Budget, Limit, SpecError, parse_budget, parse_limits
+from gateway.routing.fair import PRIORITIES
 
 NAME_RULE: Final = "must be 1 to 64 of A-Z a-z 0-9 _ . -"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -26,6 +27,9 @@ _MODELS_MAX: Final = 1000
 _LIMITS_MAX: Final = 50
 _METADATA_MAX: Final = 16
 _TEXT_MAX_CHARS: Final = 256
+#: of a key's or a group's share of a full fleet
+WEIGHT_MIN: Final = 0.01
+WEIGHT_MAX: Final = 1000.0
 
 
 def read(document: object, now_unix_s: float, *, new: bool) -> dict[str, Any]:
@@ -137,6 +141,18 @@ def _expires_at(raw: object, now_unix_s: float) -> float | None:
     return float(int(at))
 
 
+def _priority(raw: object, now_unix_s: float) -> str:
+    if not isinstance(raw, str) or raw not in PRIORITIES:
+        raise refused("priority", f"must be one of {', '.join(PRIORITIES)}")
+    return raw
+
+
+def _weight(raw: object, now_unix_s: float) -> float:
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or not WEIGHT_MIN <= raw <= WEIGHT_MAX:
+        raise refused("weight", f"must be a number from {WEIGHT_MIN:g} to {WEIGHT_MAX:g}")
+    return float(raw)
+
+
 def _metadata(raw: object, now_unix_s: float) -> dict[str, str]:
     if not isinstance(raw, dict) or len(raw) > _METADATA_MAX:
         raise refused("metadata", f"must be an object of at most {_METADATA_MAX} texts")
@@ -156,6 +172,8 @@ FIELDS: Final[dict[str, Callable[[object, float], Any]]] = {
     "models": _models,
     "limits": _limits,
     "budget": _budget,
+    "priority": _priority,
+    "weight": _weight,
     "expires_at": _expires_at,
     "metadata": _metadata,
 }

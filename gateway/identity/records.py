@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from gateway.identity.forms import masked
-from gateway.identity.principals import Principal
+from gateway.identity.principals import PRIORITY, Principal
 from gateway.limits.spec import Budget, Limit, budget_document, limit_document
 
 _ENCODER: Final = msgspec.json.Encoder(order="deterministic")
@@ -51,6 +51,8 @@ class KeyRecord:
     revoked_at: float | None = None
     previous: tuple[Previous, ...] = ()
     revision: int = 1
+    priority: str = PRIORITY
+    weight: float = 1.0
 
     def status(self, now_unix_s: float) -> str:
         """ "active", "expired" or "revoked"."""
@@ -70,6 +72,8 @@ class KeyRecord:
             self.limits,
             self.budget,
             min(ends, default=None),
+            self.priority,
+            self.weight,
         )
 
 
@@ -155,6 +159,8 @@ def _shown(principal: Principal) -> dict[str, Any]:
         "models": None if principal.models is None else sorted(principal.models),
         "limits": [limit_document(limit) for limit in principal.limits],
         "budget": None if principal.budget is None else budget_document(principal.budget),
+        "priority": principal.priority,
+        "weight": principal.weight,
     }
 
 

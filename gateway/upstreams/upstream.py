@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Literal
@@ -61,6 +61,7 @@ class Upstream:
         "draining",
         "failed",
         "health",
+        "held",
         "host",
         "in_flight",
         "loaded",
@@ -68,6 +69,7 @@ class Upstream:
         "models",
         "name",
         "netloc",
+        "on_room",
         "port",
         "prefix",
         "provider",
@@ -91,6 +93,7 @@ class Upstream:
         api_key: str = "",
         timeouts: Timeouts | None = None,
         weight: int = 1,
+        max_in_flight: int | None = None,
     ) -> None:
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
@@ -120,16 +123,33 @@ class Upstream:
         self.slots: int | None = None
         self.draining = False  # an operator's wish: it gets no new request
         self.in_flight = 0
+        #: requests it takes at once, as configured; else its `slots`, and where it tells none, any number
+        self.max_in_flight = max_in_flight
+        self.held = 0  # room given to requests that waited for it, until they take their lease
+        #: told of each lease that ends, while somebody waits for room here
+        self.on_room: Callable[[Upstream], None] | None = None
         self.served = 0  # leases ever given: breaks ties between equally loaded upstreams
         self.failed = 0
         self.breaker = Breaker()
-        self.max_in_flight: int | None = None  # requests it takes at once; None: as many as come
         self.dialling = 0  # connections being opened
         self.dialling_at = 0.0  # since when no such connection came about, 0.0 while none is being opened
 
     def suspect(self, now: float) -> bool:
         """Whether connections to it hang: it may be gone without a word, and each request sent there would wait."""
         return self.dialling > 0 and now - self.dialling_at > SUSPECT_S
+
+    @property
+    def limit(self) -> int | None:
+        """Requests it takes at once; None is any number."""
+        return self.max_in_flight if self.max_in_flight is not None else self.slots
+
+    def has_room(self) -> bool:
+        limit = self.max_in_flight
+        if limit is None:
+            limit = self.slots
+            if limit is None:
+                return True
+        return self.in_flight + self.held < limit
 
     def url(self, path: str) -> str:
         """Absolute URL of `path`, which starts at the root ("/api/tags", "/v1/models", "/health")."""
@@ -158,6 +178,8 @@ class Lease:
         upstream, self.upstream = self.upstream, None
         if upstream is not None:
             upstream.in_flight -= 1
+            if upstream.on_room is not None:
+                upstream.on_room(upstream)
 
     def __enter__(self) -> Lease:
         return self

@@ -90,6 +90,7 @@ PROVIDERS: list[tuple[Any, str, str, str]] = [
     ([provider(runtime="llama.cpp")], "[0].runtime", "unknown runtime", "llamacpp"),
     ([provider(runtime=3)], "[0].runtime", "unknown runtime", ""),
     ([provider(weight=0)], "[0].weight", "whole number from 1", ""),
+    ([provider(maxInFlight=0)], "[0].maxInFlight", "whole number from 1", ""),
     ([provider(weight=1.5)], "[0].weight", "whole number from 1", ""),
     ([provider(weight=True)], "[0].weight", "whole number from 1", ""),
     ([provider(apiKey=["k"])], "[0].apiKey", "text in quotes", ""),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.config import Config, ConfigError, Listen, Model, Price, Secret, load
+from gateway.config.model import Tenant
 from gateway.config.settings import SETTINGS
 from gateway.identity.keys import KeyRing
 from gateway.upstreams.upstream import Timeouts
@@ -69,6 +70,7 @@ FULL = {
     "baseUrls": ["http://gpu2:8000/v1", "https://[2001:DB8::1]/v1"],
     "apiKey": "env:UPSTREAM_KEY",
     "weight": 3,
+    "maxInFlight": 32,
     "timeouts": {"connect": 1, "firstByte": 2.5, "idle": None, "total": "off"},
     "models": [
         {
@@ -86,6 +88,7 @@ def test_a_provider_with_everything(tmp_path: Path) -> None:
     assert provider.base_urls == ("http://gpu1:8000/v1", "http://gpu2:8000/v1", "https://[2001:db8::1]/v1")
     assert provider.api_key.value == "sk-secret"
     assert provider.weight == 3
+    assert provider.max_in_flight == 32
     assert provider.timeouts == Timeouts(1.0, 2.5, None, None)
     assert provider.models == (Model("big", "big", True, ("b", "large"), 32768, Price(0.1, 0.0, None, 2.0)),)
 
@@ -326,6 +329,7 @@ def test_the_example_env_file_names_every_variable_with_its_default() -> None:
     assert set(shown) == {setting.variable for setting in SETTINGS} | {"GATEWAY_CONFIG"}
     defaults = {field.name: field for field in fields(Config)}
     without_default = {"providers", "api_keys", "limits", "ollama_base_url", "data_dir", "redis_url"}
+    without_default.add("tenants")
     without_default |= {f"oidc_{name}" for name in ("issuer", "audience", "jwks_url", "group_claim", "grants")}
     for setting in SETTINGS:
         if setting.field not in without_default:
@@ -387,3 +391,26 @@ def test_junk_in_files(junk: str | bytes, tmp_path_factory: pytest.TempPathFacto
             loaded({}, **options)
         except ConfigError as error:
             str(error).encode()
+
+
+def test_tenants_from_json_and_from_toml(tmp_path: Path) -> None:
+    expected = (Tenant("research", 3.0), Tenant("ops", 0.5))
+    assert loaded({"GATEWAY_TENANTS": '{"research": {"weight": 3}, "ops": {"weight": 0.5}}'}).tenants == expected
+    file = tmp_path / "gateway.toml"
+    file.write_text("[tenants]\nresearch = {weight = 3}\n[tenants.ops]\nweight = 0.5\n")
+    assert loaded(toml_file=file).tenants == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must be an object of groups"),
+        ('{"a b": {"weight": 1}}', "1 to 64"),
+        ('{"a": 3}', "must be an object of groups"),
+        ('{"a": {"wait": 3}}', "must be an object of groups"),
+        ('{"a": {"weight": 0}}', "0.01 to 1000"),
+    ],
+)
+def test_tenants_that_are_none(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loaded({"GATEWAY_TENANTS": text})

@@ -49,7 +49,7 @@ async def until(true: Callable[[], bool], within_s: float = 5.0) -> None:
 def test_a_record_survives_its_encoding() -> None:
     whole = KeyRecord(
         "a", "n", DIGEST, 1.0, ("admin",), ("m",), "p", "g", (Limit("l", "key", "requests", 1, 2.0),),
-        Budget(1.0, "tokens", "day"), 9.0, {"b": "1", "a": "2"}, None, (Previous(DIGEST, 5.0),), 3,
+        Budget(1.0, "tokens", "day"), 9.0, {"b": "1", "a": "2"}, None, (Previous(DIGEST, 5.0),), 3, "low", 2.0,
     )  # fmt: skip
     assert decode(encode(whole)) == whole
     assert encode(whole) == encode(dataclasses.replace(whole, metadata={"a": "2", "b": "1"}))

@@ -51,12 +51,14 @@ def test_create_show_rotate_and_revoke(tmp_path: Path) -> None:
         tmp_path, "create", "ci", "--group", "team", "--role", "admin", "--model", "a", "--model", "b",
         "--limit", '{"resource": "requests", "burst": 5, "per_min": 6}',
         "--budget", '{"amount": 5, "period": "month"}', "--expires", "5200w", "--metadata", "owner=me=you",
+        "--priority", "low", "--weight", "2.5",
     )  # fmt: skip
     key = made.pop("key")
     assert works(tmp_path, key)
     assert (made["group"], made["roles"], made["models"]) == ("team", ["admin"], ["a", "b"])
     assert (made["limits"][0]["burst"], made["budget"]["period"]) == (5, "month")
     assert made["metadata"] == {"owner": "me=you"}
+    assert (made["priority"], made["weight"]) == ("low", 2.5)
     assert ran(tmp_path, "list") == {"rows": [made]}
     assert ran(tmp_path, "show", "ci") == ran(tmp_path, "show", made["id"]) == made
     again = ran(tmp_path, "rotate", "ci", "--overlap", "0s")["key"]
