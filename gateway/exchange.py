@@ -36,6 +36,21 @@ class Attempt(msgspec.Struct, frozen=True, gc=False):
     status: int = 0
 
 
+class LimitUse(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one limit (or the budget) granted a request, in its units, and what the request used of it in the end.
+
+    `source`: who granted it: "loan" (this process, of what the store lent it), "store", "share" (this process alone);
+    "observed" and "refused" are limits that had not enough left.
+    """
+
+    name: str
+    scope: str
+    resource: str
+    reserved: float
+    used: float
+    source: str
+
+
 class Exchange:
     """One request's facts. Slots only: one is made for each request, on the hot path."""
 
@@ -54,6 +69,7 @@ class Exchange:
         "headers",
         "id",
         "key",
+        "limits",
         "meter",
         "method",
         "model",
@@ -98,6 +114,7 @@ class Exchange:
         self.model_asked = ""  # as the client wrote it; never a metric label
         self.model = ""  # catalog name after aliases; bounded
         self.taken: Taken | None = None  # of limits; settled at the end
+        self.limits: tuple[LimitUse, ...] = ()  # how they were settled
         self.provider = ""
         self.upstream = ""  # public name of the upstream address
         self.stream = False

@@ -58,7 +58,7 @@ def test_check_as_json(tmp_path: Path) -> None:
     done = run(tmp_path, "check", "--json", GATEWAY_API_KEYS=f"a={CANARY}")
     data = json.loads(done.stdout)
     assert data["ok"] is True
-    assert {"path": "api_keys.a", "value": "…6fD0", "origin": "environment GATEWAY_API_KEYS"} in data["settings"]
+    assert {"path": "api_keys.a", "value": "…6fD0", "origin": "environment GATEWAY_API_KEYS"} in data["rows"]
 
 
 def test_check_prints_every_problem_and_no_secret(tmp_path: Path) -> None:

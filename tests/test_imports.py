@@ -30,7 +30,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "metrics": frozenset({"exchange", "errors", "ledger", "upstreams"}),
     "log": frozenset({"exchange", "errors", "ledger"}),
     "store": frozenset({"errors", "metrics"}),
-    "limits": frozenset({"store", "errors"}),
+    "limits": frozenset({"store", "exchange", "errors"}),
     "identity": frozenset({"store", "limits", "routing", "errors"}),
     "oidc": frozenset({"identity", "limits", "errors"}),
     "ledger": frozenset({"store", "wire", "errors", "exchange"}),

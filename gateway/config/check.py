@@ -141,7 +141,7 @@ def warnings_text(warnings: Iterable[Problem]) -> str:
 
 def effective_data(config: Config) -> dict[str, Any]:
     settings = [{"path": path, "value": value, "origin": origin} for path, value, origin in rows(config)]
-    return {"ok": True, "settings": settings, "warnings": [asdict(warning) for warning in config.warnings]}
+    return {"ok": True, "rows": settings, "warnings": [asdict(warning) for warning in config.warnings]}
 
 
 def problems_data(problems: Iterable[Problem]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ async def _list(args: argparse.Namespace, book: KeyBook) -> None:
 async def _show(args: argparse.Namespace, book: KeyBook) -> None:
     row = _row(args.id, book)
     if args.json:
-        print(json.dumps(row, indent=2, ensure_ascii=False))
+        print(json.dumps({"rows": [row]}, indent=2, ensure_ascii=False))
     else:
         print("\n".join(f"{name:<21} {_cell(value)}" for name, value in _worded(row).items()))
 

@@ -7,7 +7,8 @@
 - `recovery`  reading journals, and ending those whose process is gone
 - `totals`    sums over records; pure
 - `shipper`   from the journals into the store, each record exactly once
-- `report`    reading: sums over a window, the story of one request
+- `report`    reading: sums over a window
+- `story`     reading: one request, from its principal to its cost
 - `reconcile` the ledger against the engines' own counters
 - `cli`       the commands `usage`, `explain` and `reconcile`
 

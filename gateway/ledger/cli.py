@@ -18,7 +18,8 @@ import msgspec
 
 from gateway.errors import GatewayError
 from gateway.ledger.reconcile import Reading, Tokens, compare, engine_tokens
-from gateway.ledger.report import BY, FORMATS, BadQuery, Window, explain, parquet, render, usage
+from gateway.ledger.report import BY, FORMATS, BadQuery, Window, parquet, render, usage
+from gateway.ledger.story import explain, text
 from gateway.ledger.totals import HOUR_S
 from gateway.store.client import Store, StoreAway
 
@@ -94,9 +95,7 @@ async def _explain(args: argparse.Namespace, data_dir: Path, store: Store | None
     if args.json:
         _json({"rows": [] if story is None else [story]})
     elif story is not None:
-        width = max(map(len, story))
-        shown = {name: "-" if value is None or value == "" else value for name, value in story.items()}
-        sys.stdout.write("".join(f"{name:<{width}}  {value}\n" for name, value in shown.items()))
+        sys.stdout.write(text(story))
     if story is None:
         sys.stderr.write("llm-gateway: the ledger knows no such request\n")
         return FAILED

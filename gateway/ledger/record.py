@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from gateway.exchange import Attempt, Exchange
+from gateway.exchange import Attempt, Exchange, LimitUse
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
@@ -48,6 +48,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
     model_asked: str = ""  # as the client wrote it, where that is not `model`
     attempts_made: tuple[Attempt, ...] = ()  # where there was more than one
     route_reason: str = ""
+    limits: tuple[LimitUse, ...] = ()  # arrays: name, scope, resource, reserved, used, source
 
 
 def record(exchange: Exchange) -> Record:
@@ -91,6 +92,7 @@ def record(exchange: Exchange) -> Record:
         exchange.model_asked[:200] if exchange.model_asked != exchange.model else "",
         tuple(exchange.attempts_made),
         exchange.route_reason,
+        exchange.limits,
     )
 
 

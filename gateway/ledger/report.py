@@ -18,12 +18,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from gateway.ledger import frames
-from gateway.ledger.journal import Opened
 from gateway.ledger.recovery import decode, entries, journals
-from gateway.ledger.shipper import CALL_S, HOURS_KEPT_S, day_key, hour_key, marks_key, newest, sums_of
+from gateway.ledger.shipper import CALL_S, HOURS_KEPT_S, day_key, hour_key, marks_key, sums_of
 from gateway.ledger.totals import DAY_S, DIMENSIONS, HOUR_S, TIMES, Totals, add, hours_and_days, merge, rows
 from gateway.store.scripts import Script
 
@@ -160,42 +157,6 @@ def _local(root: Path, window: Window) -> list[tuple[str, int, Record]]:
                 if window.since <= record.at < window.until:
                     found.append((folder.name, entry.position, record))
     return found
-
-
-async def explain(root: Path, store: Store | None, request_id: str) -> dict[str, Any] | None:
-    """What became of one request: its record, and where it was found ("journal" or "store"); the admission only,
-    `open` true, while it runs; None for one nobody knows.
-    """
-    record = await asyncio.to_thread(_find, root, request_id)
-    if record is not None and not record["open"]:
-        return record
-    if store is not None:
-        needle = request_id.encode()
-        async for _, payload in newest(store):
-            if needle in payload:
-                one = decode(payload)
-                if one.request_id == request_id:
-                    return {"found_in": "store", "open": False, **msgspec.to_builtins(one)}
-    return record
-
-
-def _find(root: Path, request_id: str) -> dict[str, Any] | None:
-    needle = request_id.encode()
-    opened: dict[str, Any] | None = None
-    for folder in journals(root):
-        for entry in entries(folder):
-            if needle not in entry.payload:
-                continue
-            if entry.kind == frames.FINAL:
-                one = decode(entry.payload)
-                if one.request_id == request_id:
-                    return {"found_in": "journal", "open": False, **msgspec.to_builtins(one)}
-            elif entry.kind == frames.OPEN:
-                mark = msgspec.json.decode(entry.payload, type=Opened)
-                if mark.id == request_id:
-                    told = dict(zip(mark.__struct_fields__, msgspec.to_builtins(mark), strict=True))
-                    opened = {"found_in": "journal", "open": True, "request_id": told.pop("id"), **told}
-    return opened
 
 
 # -- how rows are shown ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from gateway.limits.texts import reset_text
 from gateway.store.client import Store, StoreAway, StoreError
 
 if TYPE_CHECKING:
-    from gateway.exchange import Exchange
+    from gateway.exchange import Exchange, LimitUse
     from gateway.identity.principals import Principal
 
 _log = logging.getLogger("gateway.limits")
@@ -38,22 +38,28 @@ _TOKENS: Final = _REQUESTS.replace(b"-requests", b"-tokens")
 
 
 class Taken:
-    """What a request holds of its buckets. `alone`: taken from this process's share, not in the store."""
+    """What a request holds of its buckets. `alone`: taken from this process's share, not in the store.
 
-    __slots__ = ("alone", "needs")
+    `entry` and `source` are for the record: which buckets, and who granted it; "" until the store has answered.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("alone", "entry", "needs", "source")
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
         self.needs: Needs = ()
         self.alone = False
+        self.source = "loan"
 
 
 class Entry:
     """The buckets of one (key, route, model), found once. Good for this `principal` and until `until_unix_s`.
 
-    `fixed`: needs that are the same for each request; None if some depend on its tokens.
+    `fixed`: needs that are the same for each request, and `uses`, what its record says of them by source; None if some
+    depend on its tokens.
     """
 
-    __slots__ = ("buckets", "fixed", "principal", "requests", "tokens", "until_unix_s")
+    __slots__ = ("buckets", "fixed", "principal", "requests", "tokens", "until_unix_s", "uses")
 
     def __init__(self, principal: Principal, buckets: tuple[Bucket, ...], until_unix_s: float) -> None:
         self.principal = principal
@@ -62,6 +68,10 @@ class Entry:
         self.fixed: Needs | None = None
         if all(bucket.limit is not None and not bucket.limit.resource.endswith("tokens") for bucket in buckets):
             self.fixed = tuple((bucket, bucket.unit) for bucket in buckets)
+        self.uses = {
+            source: tuple(texts.use(bucket, amount, amount, source) for bucket, amount in self.fixed or ())
+            for source in ("loan", "store", "share")
+        }
         #: what the x-ratelimit headers tell of: limits that refuse, of requests and of tokens
         told = [bucket for bucket in buckets if bucket.limit is not None and not bucket.observe]
         self.requests = [bucket for bucket in told if bucket.limit and bucket.limit.resource == "requests"]
@@ -125,7 +135,7 @@ class Limiter:
         if needs is None:
             needs = [(bucket, need_of(bucket, prompt, completion, cost)) for bucket in entry.buckets]
         now = monotonic()
-        taken = Taken()
+        taken = Taken(entry)
         shared = self._shared
         if shared is None or not shared.up:
             self._alone(exchange, entry, needs, taken, now)
@@ -141,6 +151,7 @@ class Limiter:
         return self._ask(shared, exchange, entry, needs, taken)
 
     async def _ask(self, shared: Shared, exchange: Exchange, entry: Entry, needs: Needs, taken: Taken) -> None:
+        taken.source = ""
         waiting = shared.ask(needs, taken)
         exchange.taken = taken  # from now on: the store may grant it after the client has left
         try:
@@ -150,6 +161,7 @@ class Limiter:
                 _log.error("the limits' script failed: %s", error)
             self._alone(exchange, entry, needs, taken, monotonic())
             return
+        taken.source = "store"
         now = monotonic()
         if refusing is not None:
             exchange.taken = None
@@ -171,6 +183,7 @@ class Limiter:
             needs = [need for need in needs if need[0] not in short]
         taken.needs = needs
         taken.alone = True
+        taken.source = "share"
         exchange.taken = taken
         self._tell(exchange, entry, now)
 
@@ -190,10 +203,15 @@ class Limiter:
             return
         exchange.taken = None
         usage = exchange.usage
+        needs = taken.needs
         if usage is None:
             self._settle(taken, 0, 0, 0.0)
         else:
             self._settle(taken, usage.prompt, usage.completion, exchange.cost)
+        if needs is taken.entry.fixed:
+            exchange.limits = taken.entry.uses[taken.source]
+        elif taken.source:
+            exchange.limits = _uses(taken, needs, exchange)
 
     def _give_back(self, taken: Taken) -> None:
         needs, taken.needs = taken.needs, ()
@@ -327,7 +345,25 @@ class Limiter:
         scope = bucket.limit.scope if bucket.limit is not None else "key"
         label = (bucket.name, scope)
         self.refused[label] = self.refused.get(label, 0) + 1
+        exchange.limits = (texts.use(bucket, amount, 0, "refused"),)
         return texts.refusal(bucket, amount, bucket.known(now), exchange.began_unix_s)
+
+
+def _uses(taken: Taken, needs: Needs, exchange: Exchange) -> tuple[LimitUse, ...]:
+    """What the record says of limits that depend on the request: those that were taken, then those only observed."""
+    usage = exchange.usage
+    prompt, completion, cost = (0, 0, 0.0) if usage is None else (usage.prompt, usage.completion, exchange.cost)
+    found = []
+    for bucket, amount in needs:
+        used = used_of(bucket, prompt, completion, cost)
+        found.append(texts.use(bucket, amount, amount if used is None else used, taken.source))
+    if len(needs) < len(taken.entry.buckets):
+        held = [bucket for bucket, _ in needs]
+        for bucket in taken.entry.buckets:
+            if bucket not in held:
+                used = used_of(bucket, prompt, completion, cost)
+                found.append(texts.use(bucket, 0, bucket.unit if used is None else used, "observed"))
+    return tuple(found)
 
 
 def _whom(limit: Limit, principal: Principal, route: str, model: str, *, own: bool) -> tuple[str, ...] | None:

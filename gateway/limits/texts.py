@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from gateway.errors import GatewayError, QuotaExceeded, RateLimited
+from gateway.exchange import LimitUse
 from gateway.limits import bucket as arithmetic
 from gateway.limits.bucket import MICRO
 from gateway.limits.local import SLOTS, Bucket
@@ -37,6 +38,16 @@ def refusal(bucket: Bucket, amount: int, level: int, unix_s: float) -> GatewayEr
         f"{where} reached: {used} {what} used{needs}; it will pass in {wait_s:.3g} s",
         "requests" if limit.resource == "requests" else "tokens", wait_s,
     )  # fmt: skip
+
+
+def use(bucket: Bucket, reserved: int, used: int, source: str) -> LimitUse:
+    """What the record says of a limit; the amounts are in the bucket's parts."""
+    unit = bucket.unit
+    if bucket.budget is not None:
+        return LimitUse(bucket.name, "key", bucket.budget.unit, reserved / unit, used / unit, source)
+    assert bucket.limit is not None
+    limit = bucket.limit
+    return LimitUse(limit.name, limit.scope, limit.resource, reserved // unit, used // unit, source)
 
 
 def _limited(message: str, kind: str, wait_s: float) -> RateLimited:

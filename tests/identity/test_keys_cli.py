@@ -60,7 +60,7 @@ def test_create_show_rotate_and_revoke(tmp_path: Path) -> None:
     assert made["metadata"] == {"owner": "me=you"}
     assert (made["priority"], made["weight"]) == ("low", 2.5)
     assert ran(tmp_path, "list") == {"rows": [made]}
-    assert ran(tmp_path, "show", "ci") == ran(tmp_path, "show", made["id"]) == made
+    assert ran(tmp_path, "show", "ci") == ran(tmp_path, "show", made["id"]) == {"rows": [made]}
     again = ran(tmp_path, "rotate", "ci", "--overlap", "0s")["key"]
     assert (works(tmp_path, key), works(tmp_path, again)) == (False, True)
     assert ran(tmp_path, "revoke", made["id"])["status"] == "revoked"
@@ -129,7 +129,7 @@ def test_two_hosts_with_one_store(tmp_path: Path, valkey_server: Server) -> None
     assert [row["id"] for row in rows] == [made["id"]]
     assert works(tmp_path / "two", made["key"])
     ran(tmp_path / "two", "revoke", "ci", REDIS_URL=valkey_server.url)
-    assert ran(tmp_path / "one", "show", made["id"], REDIS_URL=valkey_server.url)["status"] == "revoked"
+    assert ran(tmp_path / "one", "show", made["id"], REDIS_URL=valkey_server.url)["rows"][0]["status"] == "revoked"
 
 
 def test_a_store_that_is_away_is_said_and_the_key_is_made(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from gateway.ledger import frames
 from gateway.ledger import shipper as shipping
 from gateway.ledger.journal import Journal
 from gateway.ledger.recovery import decode, journals
-from gateway.ledger.report import Window, explain, usage
+from gateway.ledger.report import Window, usage
 from gateway.ledger.shipper import Shipper, newest
+from gateway.ledger.story import explain
 from gateway.store.client import Store
 from tests.journeys.stage import until
 from tests.ledger.books import died, exchange, finished
