@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Mapping
+from dataclasses import fields, replace
 from time import monotonic
 from typing import Final
 
@@ -18,6 +19,7 @@ from gateway.catalog import Catalog
 from gateway.config import Config
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.exchange import Exchange
+from gateway.fleet.reload import Reloads
 from gateway.handlers import local, openai
 from gateway.handlers.dispatch import Dispatcher
 from gateway.handlers.ollama import Ollama
@@ -57,6 +59,12 @@ OPEN_PATHS: Final = frozenset({"/livez"})
 UNLIMITED: Final = frozenset(
     {*openai.SURFACES, *local.SURFACES, "/livez", "/readyz", "/metrics", "/health", "/health/liveliness", "/ping"}
     | {"/health/readiness"}
+)
+
+#: settings that hold until the process ends
+FIXED: Final = (
+    *("listen", "metrics_listen", "keepalive_timeout_s", "data_dir", "redis_url", "store", "ledger", "demo"),
+    *(field.name for field in fields(Config) if field.name.startswith("oidc_")),
 )
 
 #: where a model is asked: these requests are in the ledger, refused ones too
@@ -99,22 +107,63 @@ class App:
         self.metrics.journal = self.journal
         self.shipper = Shipper(self.journal, self.store) if self.journal is not None else None
         self._lag_timer: asyncio.TimerHandle | None = None
-        failures = Failures(config.auth_failures_per_min)
-        self.metrics.auth_failures = failures.counts
+        self.reloads = Reloads()
+        self.metrics.reloads = self.reloads
+        self.failures = Failures(config.auth_failures_per_min)
+        self.metrics.auth_failures = self.failures.counts
         self.tokens = self._tokens()
-        routes = self._routes()
-        self.handle = compose(
-            stack(
-                routes, OPEN_PATHS, keys, self._settle, self.metrics.in_flight, self.limiter, UNLIMITED, failures,
-                self.tokens,
-            ),
-            Router(routes),
-        )  # fmt: skip
+        self._handle = self._compose()
+        failures = self.failures
         # Loopback and open: a scrape is no use of the product, so it is not counted, and Prometheus holds no key.
         system = self._metrics_routes()
         self.handle_metrics = compose(
             stack(system, system, keys, lambda exchange: None, Level(), self.limiter, system, failures), Router(system)
         )
+
+    def handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+        """Answer a request of the clients' listener."""
+        return self._handle(request)
+
+    def _compose(self) -> Handler:
+        routes = self._routes()
+        ring, in_flight = self.keys.ring, self.metrics.in_flight
+        return compose(
+            stack(
+                routes, OPEN_PATHS, ring, self._settle, in_flight, self.limiter, UNLIMITED, self.failures, self.tokens
+            ),
+            Router(routes),
+        )
+
+    def apply(self, config: Config) -> list[str]:
+        """Go on with `config`: from the next request on, all at once. Gives the settings that only a restart changes.
+
+        Requests that run keep what they began with. A setting takes effect here in one of three ways: it is read from
+        `self.config` when it is needed; or it is given to a handler in `_routes`, which are all made anew; or an
+        object that lives on has it, and then it is set below. Else it belongs into FIXED.
+        """
+        before = self.config
+        fixed = [name for name in FIXED if getattr(config, name) != getattr(before, name)]
+        config = self.config = replace(config, **{name: getattr(before, name) for name in FIXED})
+        known = set(self.catalog.upstreams)
+        self.catalog.configure(config.providers)
+        for upstream in set(self.catalog.upstreams) ^ known:
+            _log.info("upstream %s is %s", upstream.name, "removed" if upstream in known else "new")
+        self.prober.wake()
+        self.limiter.revise(config.limits, config.limits_share)
+        self.failures.revise(config.auth_failures_per_min)
+        if config.api_keys != before.api_keys:
+            self.keys.ring.configure(config.api_keys)
+        self.transport.idle_s = config.upstream_idle_s
+        self.dispatcher.attempts = config.attempts
+        self.dispatcher.budget.part = config.retry_budget
+        logging.getLogger("gateway").setLevel(config.log_level.upper())
+        if config.access_log != before.access_log:
+            if self.log is not None:
+                self.log.flush()
+            self.log = RequestLog() if config.access_log else None
+            self.metrics.log_dropped = self.log.lost if self.log is not None else int
+        self._handle = self._compose()
+        return fixed
 
     def _routes(self) -> Routes:
         config = self.config
@@ -247,6 +296,8 @@ class App:
             found.append(self.store.trouble)
         if self.tokens is not None and self.tokens.signers.trouble:
             found.append(self.tokens.signers.trouble)
+        if self.reloads.trouble:
+            found.append(self.reloads.trouble)
         return found
 
     def _lag(self, due_at: float = 0.0) -> None:

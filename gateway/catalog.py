@@ -9,13 +9,30 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from urllib.parse import urlsplit
+from typing import NamedTuple
 
-from gateway.config import Model, Provider
+from gateway.config import Lookup, Model, Provider
 from gateway.runtimes import RUNTIMES, Runtime
 from gateway.upstreams.upstream import Upstream
 
 _NEAR = 3
+
+
+class Place(NamedTuple):
+    """What makes an upstream the same one."""
+
+    provider: str
+    runtime: str
+    base_url: str
+    address: str
+
+
+class Host(NamedTuple):
+    """One host of a provider. `address`: where to connect, if that is not what the base URL names."""
+
+    base_url: str
+    address: str = ""
+    weight: int = 1
 
 
 class Offer:
@@ -25,11 +42,11 @@ class Offer:
 
     __slots__ = ("heads", "model", "quiet_until", "upstream")
 
-    def __init__(self, model: Model, upstream: Upstream) -> None:
+    def __init__(self, model: Model, upstream: Upstream, quiet_until: float = 0.0) -> None:
         self.model = model
         self.upstream = upstream
         self.heads: dict[str, bytes] = {}
-        self.quiet_until = 0.0
+        self.quiet_until = quiet_until
 
     def __repr__(self) -> str:
         return f"<Offer {self.model.name} at {self.upstream.name}>"
@@ -110,7 +127,12 @@ class Table:
 
     __slots__ = ("by_provider", "pools", "providers")
 
-    def __init__(self, providers: Iterable[Listed], discovered: Mapping[Upstream, frozenset[str]]) -> None:
+    def __init__(
+        self,
+        providers: Iterable[Listed],
+        discovered: Mapping[Upstream, frozenset[str]],
+        quiet: Mapping[tuple[str, Upstream], float],
+    ) -> None:
         self.providers = tuple(providers)
         offered: list[tuple[Model, Sequence[Offer]]] = []
         self.by_provider: dict[str, Pools] = {}
@@ -119,7 +141,7 @@ class Table:
                 (
                     model,
                     [
-                        Offer(model, upstream)
+                        Offer(model, upstream, quiet.get((model.name, upstream), 0.0))
                         for upstream in provider.upstreams
                         # one host of a discovered provider may not have it
                         if upstream not in discovered or model.name in discovered[upstream]
@@ -138,35 +160,85 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 
 
 class Catalog:
-    """The providers of a configuration, and the current `table`."""
+    """The providers of a configuration, their upstreams, and the current `table`.
+
+    An upstream is the same as long as its provider's name, its address and its runtime are: it goes on with its load,
+    its health and all that was learned of it, whatever else a reload changes.
+    """
 
     def __init__(self, providers: Iterable[Provider]) -> None:
-        self._providers = tuple(providers)
+        self._providers: tuple[Provider, ...] = ()
         self._upstreams: dict[str, tuple[Upstream, ...]] = {}
-        for provider in self._providers:
-            runtime = RUNTIMES[provider.runtime or "openai"]
-            several = len(provider.base_urls) > 1
-            self._upstreams[provider.name] = tuple(
-                Upstream(
-                    f"{provider.name}@{urlsplit(url).netloc}" if several else provider.name,
-                    provider.name,
-                    runtime,
-                    url,
-                    api_key=provider.api_key.value,
-                    timeouts=provider.timeouts,
-                    weight=provider.weight,
-                    max_in_flight=provider.max_in_flight,
-                )
-                for url in provider.base_urls
-            )
-        self.table = self._build()
+        self._known: dict[Place, Upstream] = {}
+        self._found: dict[Lookup, tuple[Host, ...]] = {}
+        self._drained: frozenset[str] = frozenset()
+        self.table = Table((), {}, {})
+        self.configure(providers)
 
     @property
     def upstreams(self) -> tuple[Upstream, ...]:
         return tuple(upstream for upstreams in self._upstreams.values() for upstream in upstreams)
 
+    @property
+    def lookups(self) -> tuple[Lookup, ...]:
+        """The names that are to be looked up."""
+        return tuple(dict.fromkeys(lookup for provider in self._providers for lookup in provider.lookups))
+
+    def configure(self, providers: Iterable[Provider]) -> None:
+        """Serve these providers from now on. Upstreams that are no longer among them get no new request."""
+        self._providers = tuple(providers)
+        self._found = {lookup: self._found[lookup] for lookup in self.lookups if lookup in self._found}
+        self._place()
+
+    def found(self, lookup: Lookup, hosts: Iterable[Host]) -> None:
+        """These hosts are behind that name now."""
+        self._found[lookup] = tuple(hosts)
+        self._place()
+
+    def drain(self, identities: Iterable[str]) -> None:
+        """The upstreams with these identities are drained, now and when they come; the others are not."""
+        self._drained = frozenset(identities)
+        for upstream in self.upstreams:
+            upstream.draining = upstream.identity in self._drained
+
     def rebuild(self) -> None:
         """Compile a new table from what is known now, and swap it in."""
+        self.table = self._build()
+
+    def _place(self) -> None:
+        """Make the upstreams what the configuration and the names looked up say, and compile the table."""
+        placed: dict[str, tuple[Upstream, ...]] = {}
+        known: dict[Place, Upstream] = {}
+        for provider in self._providers:
+            hosts = dict.fromkeys(Host(url) for url in provider.base_urls)
+            hosts |= dict.fromkeys(host for lookup in provider.lookups for host in self._found.get(lookup, ()))
+            several = len(hosts) > 1 or bool(provider.lookups)
+            names: set[str] = set()
+            for host in hosts:
+                place = Place(provider.name, provider.runtime, host.base_url, host.address)
+                if place in known:
+                    continue
+                upstream = self._known.get(place) or Upstream(
+                    provider.name, provider.name, RUNTIMES[provider.runtime or "openai"], host.base_url, host.address
+                )
+                known[place] = upstream
+                upstream.name = _unique(upstream, names) if several else provider.name
+                upstream.retired = False
+                upstream.api_key = provider.api_key.value
+                upstream.timeouts = provider.timeouts
+                upstream.max_in_flight = provider.max_in_flight
+                upstream.weight = provider.weight * host.weight
+                upstream.draining = upstream.identity in self._drained
+                names.add(upstream.name)
+                placed[provider.name] = (*placed.get(provider.name, ()), upstream)
+            placed.setdefault(provider.name, ())
+        for place, upstream in self._known.items():
+            if place not in known:
+                upstream.retired = True
+                if upstream.in_flight:  # it may be named again before its last answer has ended
+                    known[place] = upstream
+        self._known = known
+        self._upstreams = placed
         self.table = self._build()
 
     def _build(self) -> Table:
@@ -174,7 +246,7 @@ class Catalog:
         discovered: dict[Upstream, frozenset[str]] = {}
         for provider in self._providers:
             upstreams = self._upstreams[provider.name]
-            runtime = upstreams[0].runtime
+            runtime = RUNTIMES[provider.runtime or "openai"]
             models = provider.models
             hint = ""
             if provider.discover:
@@ -189,7 +261,19 @@ class Catalog:
                     f"({provider.origin}), or leave `models` out to ask the server"
                 )
             listed.append(Listed(provider.name, runtime, models, upstreams, hint))
-        return Table(listed, discovered)
+        return Table(listed, discovered, self._quiet())
+
+    def _quiet(self) -> dict[tuple[str, Upstream], float]:
+        """By model and upstream, until when it asked to be left alone: a new table is no reason to ask earlier."""
+        pools = self.table.by_provider.values()
+        offers = {offer for one in pools for tiers in one.tiers.values() for offer in tiers[0] if offer.quiet_until}
+        return {(offer.model.name, offer.upstream): offer.quiet_until for offer in offers}
+
+
+def _unique(upstream: Upstream, taken: set[str]) -> str:
+    """The provider's name and the host; with its path too where two share the host."""
+    name = f"{upstream.provider}@{upstream.place}"
+    return name if name not in taken else f"{name}{upstream.prefix}"
 
 
 def _discovered(upstreams: tuple[Upstream, ...]) -> tuple[Model, ...]:

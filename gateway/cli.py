@@ -106,12 +106,11 @@ def _load(args: argparse.Namespace) -> Config:
     from gateway.config import load
     from gateway.config.settings import SETTINGS
 
-    env_file = args.env_file
-    if env_file is None and Path(".env").is_file():
-        env_file = Path(".env")
+    if args.env_file is None and Path(".env").is_file():
+        args.env_file = Path(".env")  # from now on: when it is read again, its absence is a mistake
     given = ((setting.field, getattr(args, setting.field)) for setting in SETTINGS if setting.flag)
     flags = {field: text for field, text in given if text is not None}
-    return load(os.environ, env_file=env_file, toml_file=args.config, flags=flags)
+    return load(os.environ, env_file=args.env_file, toml_file=args.config, flags=flags)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -177,7 +176,7 @@ def _serve(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         return _failed(str(error))
     try:
-        return serve(config, keyring, announce=_announce)
+        return serve(config, keyring, announce=_announce, load=lambda: _load(args))
     except KeyFileError as error:
         return _failed(str(error))
     except OSError as error:

@@ -29,6 +29,7 @@ from gateway import __version__
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
+    from gateway.fleet.reload import Reloads
     from gateway.ledger.journal import Journal
     from gateway.limits.limiter import Limiter
     from gateway.upstreams.upstream import Upstream
@@ -147,6 +148,7 @@ class Metrics(Collector):
         self.journal: Journal | None = None
         self.log_dropped: Callable[[], int] = int
         self.limiter: Limiter | None = None
+        self.reloads: Reloads | None = None
         self.auth_failures: dict[str, int] = {}  # by reason
         registry.register(self)
         ProcessCollector(registry=registry)
@@ -239,6 +241,8 @@ class Metrics(Collector):
         yield from self._upstream_families()
         if self.journal is not None:
             yield from _journal_families(self.journal)
+        if self.reloads is not None:
+            yield from _reload_families(self.reloads)
         if self.limiter is not None:
             yield from _limit_families(self.limiter)
         if self.store is not None:
@@ -322,6 +326,20 @@ def _journal_families(journal: Journal) -> Iterator[Metric]:
     yield CounterMetricFamily("gateway_journal_errors", "Writes that the disk refused.", value=journal.errors)
     yield GaugeMetricFamily("gateway_journal_held_records", "Records that wait in memory.", value=journal.held)
     yield CounterMetricFamily("gateway_journal_lost_records", "Records lost for want of memory.", value=journal.lost)
+
+
+def _reload_families(reloads: Reloads) -> Iterator[Metric]:
+    results = CounterMetricFamily(
+        "gateway_config_reloads", "Times the configuration was read again, by what became of it.", labels=["result"]
+    )
+    for result, count in reloads.results.items():
+        results.add_metric([result], count)
+    yield results
+    yield GaugeMetricFamily(
+        "gateway_config_last_reload_ok",
+        "0 if the configuration as it stands on disk was refused.",
+        value=int(not reloads.trouble),
+    )
 
 
 def _limit_families(limiter: Limiter) -> Iterator[Metric]:

@@ -24,6 +24,7 @@ from gateway.answer import Sent, send_error
 from gateway.app import App
 from gateway.config import Config, Listen
 from gateway.errors import BadRequest, GatewayError, VersionNotSupported
+from gateway.fleet.reload import Reloader
 from gateway.identity.keys import KeyRing
 from gateway.welcome import furnish, greeting
 
@@ -285,20 +286,24 @@ async def run(app: App, stop: asyncio.Event, started: Callable[[Listeners], None
         await app.stop()
 
 
-def serve(config: Config, keys: KeyRing, announce: Callable[[str], None]) -> int:
+def serve(
+    config: Config, keys: KeyRing, announce: Callable[[str], None], load: Callable[[], Config] | None = None
+) -> int:
     """Run the gateway in this process until SIGTERM or SIGINT; gives the exit code.
 
-    `announce` is given what an operator should read. Raises OSError if an address cannot be listened on, and
-    RuntimeError if the installation is not fit to serve.
+    `announce` is given what an operator should read. `load` reads the configuration again. Raises OSError if an
+    address cannot be listened on, and RuntimeError if the installation is not fit to serve.
     """
     require_aiohttp()
     log.setup(config.log_level)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(_serve(config, keys, announce))
+        runner.run(_serve(config, keys, announce, load))
     return 0
 
 
-async def _serve(config: Config, keys: KeyRing, announce: Callable[[str], None]) -> None:
+async def _serve(
+    config: Config, keys: KeyRing, announce: Callable[[str], None], load: Callable[[], Config] | None
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -307,13 +312,20 @@ async def _serve(config: Config, keys: KeyRing, announce: Callable[[str], None])
     async with AsyncExitStack() as stack:
         furnished = await furnish(config, stack)
         app = App(furnished.config, keys)
+        wake = [app.keys.wake]
+        if load is not None:
+            reloader = Reloader(config, load, lambda new: app.apply(furnished.again(new)), app.reloads)
+            wake.append(reloader.wake)
+            stack.push_async_callback(reloader.stop)
         with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(signal.SIGHUP, app.keys.wake)
+            loop.add_signal_handler(signal.SIGHUP, lambda: [one() for one in wake])
 
         def started(listeners: Listeners) -> None:
             assert listeners.address is not None
             # Only now: a key that was made and never shown would lock its owner out.
             key = keys.ensure_first_key()
+            if load is not None:
+                reloader.start()
             announce(greeting(furnished, app.catalog, listeners.address, listeners.metrics_address, key))
 
         await run(app, stop, started)

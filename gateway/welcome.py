@@ -27,6 +27,16 @@ class Furnished:
     config: Config
     found: tuple[Found, ...] = ()
     demo: bool = False
+    #: the providers that were not configured
+    added: tuple[Provider, ...] = ()
+
+    def again(self, config: Config) -> Config:
+        """`config`, read later, with what this start found: nothing is looked for while requests are served."""
+        if config.providers and config.demo != "on":
+            return config
+        names = {provider.name for provider in config.providers}
+        added = tuple(provider for provider in self.added if provider.name not in names)
+        return dataclasses.replace(config, providers=(*config.providers, *added))
 
 
 async def furnish(config: Config, stack: AsyncExitStack) -> Furnished:
@@ -57,7 +67,8 @@ async def furnish(config: Config, stack: AsyncExitStack) -> Furnished:
                 origin="the built-in simulated engine",
             ),
         )
-    return Furnished(dataclasses.replace(config, providers=providers), found, demo)
+    added = providers[len(config.providers) :]
+    return Furnished(dataclasses.replace(config, providers=providers), found, demo, added)
 
 
 def greeting(furnished: Furnished, catalog: Catalog, listen: Listen, metrics: Listen | None, key: str | None) -> str:

@@ -108,3 +108,10 @@ def test_a_model_that_a_host_no_longer_has_leaves_the_pool() -> None:
     first.models = ()
     catalog.rebuild()
     assert "m" not in catalog.table.pools
+
+
+def test_a_host_that_asked_to_be_left_alone_is_left_alone_by_the_next_table_too() -> None:
+    catalog = Catalog([provider("one", "http://h1/v1", "http://h2/v1", models=(model("m"), model("x")))])
+    catalog.table.pools["m"][1].quiet_until = 99.0
+    catalog.rebuild()
+    assert [offer.quiet_until for name in ("m", "x") for offer in catalog.table.pools[name]] == [0.0, 99.0, 0.0, 0.0]

@@ -37,6 +37,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "upstreams": frozenset({"routing", "runtimes", "wire", "errors", "metrics"}),
     "config": frozenset({"runtimes", "upstreams", "identity", "limits", "oidc", "store", "errors"}),
     "catalog": frozenset({"config", "upstreams", "runtimes", "errors"}),
+    "fleet": frozenset({"catalog", "config", "errors", "store", "upstreams"}),
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
     "sim": frozenset({"wire", "errors"}),
     "answer": frozenset({"exchange", "errors"}),
@@ -65,9 +66,22 @@ ROOMS: dict[str, frozenset[str]] = {
     ),
     "app": ANY,
     "welcome": frozenset({"catalog", "config", "detect", "identity", "upstreams", "runtimes", "sim", "errors"}),
-    "server": frozenset({"app", "answer", "config", "identity", "log", "errors", "welcome"}),
+    "server": frozenset({"app", "answer", "config", "fleet", "identity", "log", "errors", "welcome"}),
     "cli": frozenset(
-        {"app", "server", "config", "doctor", "errors", "identity", "detect", "catalog", "ledger", "sim", "log"}
+        {
+            "app",
+            "server",
+            "config",
+            "fleet",
+            "doctor",
+            "errors",
+            "identity",
+            "detect",
+            "catalog",
+            "ledger",
+            "sim",
+            "log",
+        }
         | {"store", "upstreams"}
     ),
     "doctor": frozenset({"config", "server", "store", "errors"}),

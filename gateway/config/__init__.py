@@ -19,7 +19,7 @@ identity.
 
 from __future__ import annotations
 
-from gateway.config.model import Config, ConfigError, Listen, Model, Price, Problem, Provider, Secret
+from gateway.config.model import Config, ConfigError, Listen, Lookup, Model, Price, Problem, Provider, Secret
 from gateway.config.sources import load
 
-__all__ = ["Config", "ConfigError", "Listen", "Model", "Price", "Problem", "Provider", "Secret", "load"]
+__all__ = ["Config", "ConfigError", "Listen", "Lookup", "Model", "Price", "Problem", "Provider", "Secret", "load"]

@@ -21,7 +21,7 @@ def rows(config: Config) -> list[Row]:
     found: list[Row] = []
     for field in fields(Config):
         value = getattr(config, field.name)
-        if field.name in ("warnings", "origins"):
+        if field.name in ("warnings", "origins", "files"):
             continue
         origin = config.origins.get(field.name, "default")
         if field.name == "providers" and value:
@@ -67,6 +67,8 @@ def _provider_rows(config: Config, path: str, provider: Provider) -> Iterator[Ro
     yield row("provider", provider.name)
     for index, url in enumerate(provider.base_urls):
         yield row(f"base_urls[{index}]", url)
+    for index, lookup in enumerate(provider.lookups):
+        yield row(f"lookups[{index}]", lookup)
     yield row("runtime", provider.runtime or "openai")
     yield row("api_key", provider.api_key)
     yield row("weight", provider.weight)

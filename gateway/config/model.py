@@ -95,14 +95,27 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Lookup:
+    """A DNS name that stands for several hosts. `kind` "host": every A and AAAA address of the base URL's host is one;
+    "srv": the base URL's host is the name of SRV records, which have hosts and ports (RFC 2782).
+    """
+
+    kind: Literal["host", "srv"]
+    base_url: str
+
+    def __str__(self) -> str:
+        return f"{'dns' if self.kind == 'host' else 'srv'}+{self.base_url}"
+
+
+@dataclass(frozen=True, slots=True)
 class Provider:
     """One entry of `OPENAI_COMPATIBLE_DATA`: a name, one or more addresses, and the models served there.
 
-    `base_urls` are OpenAI bases without a trailing slash ("http://host:8000/v1"). `runtime` is a name in
-    RUNTIMES, or "" for a generic OpenAI-compatible server. `discover`: `models` was left out, so the upstream
-    is asked. `origin` names the configuration entry in words an operator can search for ("environment
-    OPENAI_COMPATIBLE_DATA[0]", "gateway.toml:providers[1]"). `max_in_flight`: requests each address takes at once; None
-    leaves that to what the runtime says of itself.
+    `base_urls` are OpenAI bases without a trailing slash ("http://host:8000/v1"), `lookups` names behind which there
+    are more. `runtime` is a name in RUNTIMES, or "" for a generic OpenAI-compatible server. `discover`: `models` was
+    left out, so the upstream is asked. `origin` names the configuration entry in words an operator can search for
+    ("environment OPENAI_COMPATIBLE_DATA[0]", "gateway.toml:providers[1]"). `max_in_flight`: requests each address
+    takes at once; None leaves that to what the runtime says of itself.
     """
 
     name: str
@@ -115,6 +128,7 @@ class Provider:
     timeouts: Timeouts = field(default_factory=Timeouts)
     origin: str = "default"
     max_in_flight: int | None = None
+    lookups: tuple[Lookup, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +151,12 @@ class Listen:
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+#: (device, inode, modified at in ns, size in bytes) of a file; None if it is not there
+Mark = tuple[int, int, int, int] | None
+#: the files that were read, and what they were then
+Files = Mapping[Path, Mark]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +186,10 @@ class Problem:
 class ConfigError(Exception):
     """The configuration cannot be used; `problems` holds everything found wrong, never only the first."""
 
-    def __init__(self, problems: tuple[Problem, ...]) -> None:
+    def __init__(self, problems: tuple[Problem, ...], files: Files | None = None) -> None:
         super().__init__("\n".join(map(str, problems)))
         self.problems = problems
+        self.files: Files = files or {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +224,9 @@ class Config:
     comment_s: float = 15.0  # between the comments to a stream that has nothing to say yet; 0 is off
     tenants: tuple[Tenant, ...] = ()
     providers: tuple[Provider, ...] = ()
+    providers_file: Path | None = None  # holds further ones
+    dns_refresh_s: float = 10.0  # longest time between two look-ups of a name; an answer's TTL may shorten it
+    dns_server: Listen | None = None  # asked instead of the system's resolver
     ollama_base_url: str | None = None  # native root without /api: "http://localhost:11434"
     enable_pull: bool = False
     tools_unsupported: Literal["strip", "reject"] = "strip"
@@ -221,3 +245,4 @@ class Config:
     demo: Literal["auto", "on", "off"] = "auto"
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    files: Files = field(default_factory=dict, compare=False, repr=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
-from gateway.config.model import Listen, Problem, Secret, Tenant
+from gateway.config.model import Listen, Lookup, Problem, Secret, Tenant
 from gateway.errors import BadRequest
 from gateway.identity import fields
 from gateway.limits.spec import Limit, SpecError, parse_limits
@@ -331,6 +331,41 @@ def base_url(raw: object) -> str:
         if path.endswith(operation):
             raise Refused("must be the base, not one operation", nearest=root + path.removesuffix(operation))
     return root + path
+
+
+def base_address(raw: object) -> str | Lookup:
+    """A base URL, or with "dns+" or "srv+" before it the name of several hosts."""
+    if not isinstance(raw, str) or not raw.startswith(("dns+", "srv+")):
+        return base_url(raw)
+    url = base_url(raw[4:])
+    if raw.startswith("dns+"):
+        return Lookup("host", url)
+    if urlsplit(url).port is not None:
+        raise Refused("has a port, and SRV records bring their own", nearest=re.sub(r":[0-9]+(?=/|$)", "", raw))
+    return Lookup("srv", url)
+
+
+def file(raw: object) -> Path:
+    if not isinstance(raw, str) or not raw.strip() or not raw.isprintable():
+        raise Refused("must be the path of a file")
+    try:
+        return Path(raw).expanduser()
+    except RuntimeError:
+        raise Refused("names a home directory that does not exist") from None
+
+
+def dns_server(raw: object) -> Listen | None:
+    """ "address:port", or off for the system's resolver."""
+    if raw is False or (isinstance(raw, str) and raw.lower() in ("off", "no", "false", "none")):
+        return None
+    if isinstance(raw, str) and valid_host(raw) and ":" not in raw:
+        raw = f"{raw}:53"
+    server = listen(raw, usual_port=53)
+    try:
+        ipaddress.ip_address(server.host)
+    except ValueError:
+        raise Refused("must be an IP address with a port", hint="it is what finds names") from None
+    return server
 
 
 def redis_url(raw: object) -> Secret:

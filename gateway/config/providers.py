@@ -4,25 +4,29 @@
       "models": [{"apiName": "deepseek-r1-distill-qwen-7b", "uiName": "R1 7B", "supportsTools": false,
                   "aliases": ["r1"], "contextWindow": 32768, "price": {"input": 0.1, "output": 0.4},
                   "fallbacks": ["qwen3-32b"]}],
-      "baseUrls": ["http://gpu1:8000/v1", "http://gpu2:8000/v1"], "runtime": "vllm", "weight": 1,
+      "baseUrls": ["http://gpu1:8000/v1", "dns+http://workers.internal:8000/v1", "srv+http://_llm._tcp.internal/v1"],
+      "baseUrlsFile": "/run/hosts.json", "runtime": "vllm", "weight": 1,
       "maxInFlight": 32,
       "timeouts": {"connect": 5, "firstByte": 600, "idle": 60, "total": null}}]
 
-`provider` and one of `baseUrl`, `baseUrls` are required; `models` left out means "ask the upstream". Times
-are in seconds; null or "off" switches one off. `apiKey` may be "env:NAME", which reads another variable. Keys
-may be written in snake_case too.
+`provider` and one of `baseUrl`, `baseUrls`, `baseUrlsFile` are required; `models` left out means "ask the upstream".
+"dns+" before an address means every host that its name resolves to, "srv+" those that the name's SRV records list; the
+file holds a JSON array of addresses, or `baseUrls` in TOML. Times are in seconds; null or "off" switches one off.
+`apiKey` may be "env:NAME", which reads another variable. Keys may be written in snake_case too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from gateway.config import parsing
 from gateway.config.entries import Entry, Report
-from gateway.config.model import Model, Price, Provider, Secret
+from gateway.config.files import Files
+from gateway.config.model import Lookup, Model, Price, Provider, Secret
 from gateway.config.parsing import Collector, Refused
 from gateway.runtimes import RUNTIMES
 from gateway.upstreams.upstream import Timeouts
@@ -31,6 +35,7 @@ _PROVIDER_KEYS: Final = (
     "provider",
     "baseUrl",
     "baseUrls",
+    "baseUrlsFile",
     "apiKey",
     "models",
     "runtime",
@@ -46,21 +51,25 @@ _TIMEOUT_KEYS: Final = ("connect", "firstByte", "idle", "total")
 class Reader(Report):
     """Reads providers, collecting every problem and, by configuration path, the origin of every value."""
 
-    def __init__(self, collect: Collector, variables: Mapping[str, str]) -> None:
+    def __init__(self, collect: Collector, variables: Mapping[str, str], files: Files) -> None:
         super().__init__(collect)
         self.variables = variables
+        self.files = files
+        self._first_at: dict[str, str] = {}  # provider -> where it stands
         #: each name that stands among fallbacks, where it stands, and the source of that
         self.fallbacks: list[tuple[str, str, str]] = []
 
-    def providers(self, raw: object, path: str, source: str, origin: str) -> tuple[Provider, ...]:
-        """All usable providers in `raw`; `path`, `source` and `origin` say where it stood."""
+    def providers(
+        self, raw: object, path: str, source: str, origin: str, before: tuple[Provider, ...] = ()
+    ) -> tuple[Provider, ...]:
+        """`before` and all usable providers in `raw`; `path`, `source` and `origin` say where it stood."""
         self.source = source
         if not isinstance(raw, list):
             hint = "an array even for one provider: [{…}]" if isinstance(raw, dict) else ""
             self.collect.refuse(path, self.source, Refused("must be an array of providers", hint=hint), raw)
-            return ()
-        found: list[Provider] = []
-        first_at: dict[str, str] = {}
+            return before
+        found = list(before)
+        first_at = self._first_at
         for index, item in enumerate(raw):
             entry = Entry(
                 self,
@@ -160,32 +169,45 @@ class Reader(Report):
         key = entry.take("apiKey", self.secret, Secret(""))
         weight = entry.take("weight", parsing.whole(1, 1_000_000), 1)
         most = entry.take("maxInFlight", parsing.whole(1, 1_000_000), None)
-        urls = self._base_urls(entry, runtime)
+        urls, lookups = self._addresses(entry, runtime)
         timeouts = self._timeouts(entry)
         discover = entry.raw.get("models") is None
         models = self._models(entry)
         if not name:
             return None
-        return Provider(name, urls, runtime, key, models, discover, weight, timeouts, entry.origin, most)
+        return Provider(name, urls, runtime, key, models, discover, weight, timeouts, entry.origin, most, lookups)
 
-    def _base_urls(self, entry: Entry, runtime: str) -> tuple[str, ...]:
-        def parse(raw: object) -> str:
-            url = parsing.base_url(raw)
-            return url.removesuffix("/api") + "/v1" if runtime == "ollama" and url.endswith("/api") else url
+    def _addresses(self, entry: Entry, runtime: str) -> tuple[tuple[str, ...], tuple[Lookup, ...]]:
+        def parse(raw: object) -> str | Lookup:
+            found = parsing.base_address(raw)
+            if isinstance(found, str) and runtime == "ollama" and found.endswith("/api"):
+                return found.removesuffix("/api") + "/v1"
+            return found
 
-        single = entry.take("baseUrl", parse, "")
-        urls = [single] if single else []
-        places = {single: "baseUrl"} if single else {}
+        single: str | Lookup | None = entry.take("baseUrl", parse, None)
+        places: dict[str | Lookup, str] = {} if single is None else {single: "baseUrl"}
         for item in entry.items("baseUrls", parse):
             if item.value in places:
                 entry.add(item.key, f"the same address as {places[item.value]}")
             else:
                 places[item.value] = item.key
-                urls.append(item.value)
-        given = [key for key in ("baseUrl", "baseUrls") if entry.raw.get(key) is not None]
+        keys = ("baseUrl", "baseUrls", "baseUrlsFile")
+        given = [key for key in keys if entry.raw.get(key) is not None]
         if not entry.broken and (not given or (given == ["baseUrls"] and entry.raw["baseUrls"] == [])):
             entry.add("baseUrl", "is missing", hint='such as "http://localhost:8000/v1"')
-        return tuple(urls)
+        file: Path | None = entry.take("baseUrlsFile", parsing.file, None)
+        if file is not None:
+            self._listed(file, parse, places)
+        urls = tuple(one for one in places if isinstance(one, str))
+        return urls, tuple(one for one in places if isinstance(one, Lookup))
+
+    def _listed(self, file: Path, parse: Callable[[object], str | Lookup], places: dict[str | Lookup, str]) -> None:
+        """Add the addresses in `file` to `places`. Twice the same is no mistake there: a program wrote it."""
+        for index, raw in enumerate(self.files.array(file, "baseUrls") or ()):
+            try:
+                places.setdefault(parse(raw), f"{file}[{index}]")
+            except Refused as refused:
+                self.collect.refuse(f"{file}[{index}]", str(file), refused, raw)
 
     def _timeouts(self, entry: Entry) -> Timeouts:
         inner = entry.enter("timeouts", _TIMEOUT_KEYS)

@@ -45,6 +45,9 @@ _seconds_or_zero = parsing.number(unit=" (seconds)")
 
 SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("providers", _many, "JSON array of providers and their models", "OPENAI_COMPATIBLE_DATA", False),
+    _setting("providers_file", parsing.file, "JSON or TOML file of further providers"),
+    _setting("dns_refresh_s", _seconds, "longest time between two look-ups of an upstream's name"),
+    _setting("dns_server", parsing.dns_server, "DNS server for those names, address:port; off: the system's resolver"),
     _setting("ollama_base_url", parsing.base_url, "Ollama's address, with or without /api", "OLLAMA_BASE_URL"),
     _setting("enable_pull", parsing.switch, "allow Ollama model pull and delete", "LOCAL_LLM_ENABLE_PULL"),
     _setting("listen", parsing.listen, "address for clients, host:port"),

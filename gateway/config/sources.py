@@ -7,13 +7,13 @@ import io
 import json
 import os
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
 from gateway.config import parsing
+from gateway.config.files import Files
 from gateway.config.model import Config, ConfigError, Secret
 from gateway.config.parsing import Collector, Refused
 from gateway.config.providers import Reader, native_root
@@ -58,7 +58,8 @@ def load(
     nothing.
     """
     collect = Collector()
-    dotenv = _read_env_file(env_file, collect) if env_file is not None else {}
+    files = Files(collect)
+    dotenv = _read_env_file(env_file, files, collect) if env_file is not None else {}
     file_values = {name: value for name, (value, _) in dotenv.items()}
     variables = {**file_values, **{name: text for name, text in environ.items() if text.strip()}}
     if toml_file is None and variables.get(CONFIG_VARIABLE, "").strip():
@@ -70,18 +71,18 @@ def load(
         },
         _variables(environ, lambda name: "environment", lambda name: f"environment {name}"),
         _variables(file_values, *(2 * (lambda name: f"{env_file}:{dotenv[name][1]}",))),
-        _read_toml(toml_file, collect) if toml_file is not None else {},
+        _read_toml(toml_file, files, collect) if toml_file is not None else {},
     )
     _unknown_variables(environ, lambda name: "environment", collect)
     _unknown_variables(file_values, lambda name: f"{env_file}:{dotenv[name][1]}", collect)
-    config = _assemble(layers, variables, collect)
+    config = _assemble(layers, variables, files, collect)
     if collect.problems:
-        raise ConfigError(tuple(collect.problems))
+        raise ConfigError(tuple(collect.problems), files.marks)
     return config
 
 
-def _assemble(layers: tuple[Layer, ...], variables: Mapping[str, str], collect: Collector) -> Config:
-    reader = Reader(collect, variables)
+def _assemble(layers: tuple[Layer, ...], variables: Mapping[str, str], files: Files, collect: Collector) -> Config:
+    reader = Reader(collect, variables, files)
     values: dict[str, Any] = {"data_dir": default_data_dir(variables)}
     given: Layer = {}
     for setting in SETTINGS:
@@ -101,6 +102,12 @@ def _assemble(layers: tuple[Layer, ...], variables: Mapping[str, str], collect: 
         values["api_keys"] = _api_keys(given["api_keys"], reader)
     if "providers" in given:
         values["providers"] = _providers(given["providers"], reader)
+    file = values.get("providers_file")
+    if file is not None:
+        further = files.array(file, "providers")
+        if further is not None:
+            before = values.get("providers", ())
+            values["providers"] = reader.providers(further, str(file), str(file), str(file), before)
     root = values.get("ollama_base_url")
     if root is not None:
         values["ollama_base_url"] = root = native_root(root)
@@ -110,7 +117,7 @@ def _assemble(layers: tuple[Layer, ...], variables: Mapping[str, str], collect: 
     _across(values, given, collect)
     known = {field.name for field in fields(Config)}
     usable = {name: value for name, value in values.items() if name in known}
-    return Config(**usable, warnings=tuple(collect.warnings), origins=reader.origins)
+    return Config(**usable, warnings=tuple(collect.warnings), origins=reader.origins, files=files.marks)
 
 
 def _across(values: dict[str, Any], given: Layer, collect: Collector) -> None:
@@ -249,11 +256,11 @@ def _unknown_variables(variables: Mapping[str, str], source: Callable[[str], str
             collect.warn(name, source(name), "unknown variable", nearest=near)
 
 
-def _read_env_file(path: Path, collect: Collector) -> dict[str, tuple[str, int]]:
+def _read_env_file(path: Path, files: Files, collect: Collector) -> dict[str, tuple[str, int]]:
     """Name -> (text, line) of the variables that are set. Nothing in the file is expanded: a `$` is a `$`."""
     from dotenv.parser import parse_stream
 
-    text = _read(path, collect)
+    text = files.text(path)
     found: dict[str, tuple[str, int]] = {}
     for binding in parse_stream(io.StringIO(text)):
         line = binding.original.line + len(binding.original.string) - len(binding.original.string.lstrip("\r\n"))
@@ -265,17 +272,9 @@ def _read_env_file(path: Path, collect: Collector) -> dict[str, tuple[str, int]]
     return found
 
 
-def _read_toml(path: Path, collect: Collector) -> Layer:
+def _read_toml(path: Path, files: Files, collect: Collector) -> Layer:
     layer: Layer = {}
-    try:
-        document = tomllib.loads(_read(path, collect))
-    except tomllib.TOMLDecodeError as error:
-        collect.add(str(path), str(path), f"is not TOML: {error}")
-        return layer
-    except (ValueError, RecursionError):
-        collect.add(str(path), str(path), "is not usable TOML: a number too long, or nested too deep")
-        return layer
-    for key, raw in document.items():
+    for key, raw in files.toml(path).items():
         if key in BY_FIELD:
             layer[key] = Given(raw, key, str(path), f"{path}:{key}")
         else:
@@ -283,16 +282,6 @@ def _read_toml(path: Path, collect: Collector) -> Layer:
             shown = key if key.isprintable() and len(key) <= 60 else "…"
             collect.add(shown, str(path), "unknown key", nearest=near)
     return layer
-
-
-def _read(path: Path, collect: Collector) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        collect.add(str(path), str(path), f"cannot be read: {error.strerror or type(error).__name__}")
-    except ValueError:  # not UTF-8, or a path with a NUL
-        collect.add(str(path), str(path), "cannot be read: it is not UTF-8 text")
-    return ""
 
 
 def default_data_dir(variables: Mapping[str, str]) -> Path:

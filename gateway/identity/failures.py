@@ -37,12 +37,16 @@ class Failures:
     __slots__ = ("_addresses_max", "_burst", "_per_s", "addresses", "counts")
 
     def __init__(self, per_min: int, addresses_max: int = ADDRESSES_MAX) -> None:
-        self._per_s = per_min / 60
-        self._burst = 2.0 * per_min
+        self.revise(per_min)
         self._addresses_max = addresses_max
         self.addresses: OrderedDict[str, Failing] = OrderedDict()
         #: refused requests by reason: no key sent, a key that is not known, a key not looked at
         self.counts = {"missing": 0, "unknown": 0, "limited": 0}
+
+    def revise(self, per_min: int) -> None:
+        """Allow so many from now on."""
+        self._per_s = per_min / 60
+        self._burst = 2.0 * per_min
 
     def find(self, remote: str | None, now: float) -> Failing | None:
         """What is remembered of a client's address; None if it did not fail lately."""

@@ -95,8 +95,7 @@ class KeyRing:
         ring = cls(data_dir, pepper)
         ring.load(kept)
         ring.mark = mark
-        for name, secret in env_keys:
-            ring._configure(name, secret.value.encode())
+        ring.configure(env_keys)
         return ring
 
     def __len__(self) -> int:
@@ -181,6 +180,17 @@ class KeyRing:
         self.records = kept.records
         self._by_id = by_id
         self._proven.clear()
+
+    def configure(self, env_keys: Iterable[tuple[str, HasValue]]) -> None:
+        """Accept these keys of the environment instead of those before. They never reach the disk."""
+        kept = self.kept
+        self.configured = {}
+        self._configured_by_id = {}
+        self._by_digest = {}
+        for name, secret in env_keys:
+            self._configure(name, secret.value.encode())
+        self.records = {}  # none of them is to be found as it was: a key of the environment may have hidden it
+        self.load(kept)
 
     def _configure(self, name: str, key: bytes) -> None:
         principal = Principal(name, f"env:{name}")

@@ -97,6 +97,13 @@ class Limiter:
         if store is not None:
             store.on_change.append(self._changed)
 
+    def revise(self, limits: Sequence[Limit], part: float) -> None:
+        """Let these limits hold from now on. What was used of a limit that stays is still used."""
+        self._limits = tuple(limits)
+        if self._shared is not None:
+            self._part = self._shared.part = part
+        self._entries.clear()
+
     @property
     def degraded(self) -> bool:
         """The store is away: each process keeps limits for itself."""

@@ -59,7 +59,7 @@ class Shared:
 
     def __init__(self, store: Store, part: float, give_back: Callable[[Taken], None]) -> None:
         self._store = store
-        self._part = part
+        self.part = part
         self._give_back = give_back
         self._process = os.urandom(6).hex()
         self._waiting: list[Ask] = []
@@ -149,7 +149,7 @@ class Shared:
                 bucket.need = need
             elif lend and now - bucket.used_at < IDLE_S:
                 need = bucket.need  # it is in use, and only told something else
-            args += _told(bucket, bucket.want(need) if need else 0, now, self._part)
+            args += _told(bucket, bucket.want(need) if need else 0, now, self.part)
         args.append(len(batch))
         for ask in batch:
             args.append(len(ask.needs))

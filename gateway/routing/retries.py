@@ -77,14 +77,14 @@ class RetryBudget:
     so that a lone user's first failure is tried again, too.
     """
 
-    __slots__ = ("_filled_at", "_part", "_tokens", "spent")
+    __slots__ = ("_filled_at", "_tokens", "part", "spent")
 
     RESERVE: Final = 10.0
     #: what a fleet can have saved up for the moment an engine dies with all it was doing
     SAVED_MAX: Final = 500.0
 
     def __init__(self, part: float = 0.1) -> None:
-        self._part = part
+        self.part = part
         self._tokens = self.RESERVE if part else 0.0
         self._filled_at = 0.0
         self.spent = 0
@@ -92,11 +92,11 @@ class RetryBudget:
     def arrived(self) -> None:
         """A request came."""
         if self._tokens < self.SAVED_MAX:
-            self._tokens += self._part
+            self._tokens += self.part
 
     def take(self, now: float) -> bool:
         """Whether one more retry may be made; it is counted then."""
-        if self._part and self._tokens < self.RESERVE:
+        if self.part and self._tokens < self.RESERVE:
             self._tokens = min(self.RESERVE, self._tokens + max(0.0, now - self._filled_at))
         self._filled_at = now
         if self._tokens < 1.0:

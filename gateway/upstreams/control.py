@@ -27,6 +27,7 @@ BODY_MAX_BYTES: Final = 8 * 1024 * 1024
 #: Runtimes on uvicorn and llama.cpp close idle connections after 5 s; a shorter life avoids the race.
 _IDLE_S: Final = 3.0
 _FETCH_S: Final = 5.0
+_JSON: Final = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class Control:
         """
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         with _translated(name or url, limit_s):
-            return await self._exchange("GET", url, api_key, None, limit_s)
+            return await self._exchange("GET", url, _headers(api_key), None, limit_s)
 
     async def fetch(self, url: str) -> bytes:
         """The body of a document that is no upstream's. Raises UpstreamError for any status but 200, else as `get`."""
@@ -153,7 +154,9 @@ class Control:
         Errors as for `get`.
         """
         with _translated(upstream.name, timeout_s):
-            return await self._exchange(method, _url(upstream, path), upstream.api_key, document, timeout_s)
+            return await self._exchange(
+                method, _url(upstream, path), _headers_for(upstream), document, timeout_s, _tls_name(upstream)
+            )
 
     @asynccontextmanager
     async def open_stream(
@@ -170,9 +173,10 @@ class Control:
                 "POST",
                 _url(upstream, path),
                 data=orjson.dumps(document),
-                headers=_headers(upstream.api_key, has_body=True),
+                headers=_headers_for(upstream) | _JSON,
                 allow_redirects=False,
                 timeout=timeout,
+                server_hostname=_tls_name(upstream),
             )
         try:
             yield Stream(response, upstream.name, idle_s)
@@ -240,15 +244,18 @@ class Control:
         return "", latency_s
 
     async def _ask(self, upstream: Upstream, path: str) -> Answer:
-        return await self._exchange("GET", _url(upstream, path), upstream.api_key, None, None)
+        return await self._exchange(
+            "GET", _url(upstream, path), _headers_for(upstream), None, None, _tls_name(upstream)
+        )
 
     async def _exchange(
         self,
         method: str,
         url: str,
-        api_key: str,
+        headers: Mapping[str, str],
         document: Mapping[str, Any] | None,
         timeout_s: float | None,
+        server_hostname: str | None = None,
     ) -> Answer:
         began_at = self.clock()
         async with (
@@ -257,8 +264,9 @@ class Control:
                 method,
                 url,
                 data=None if document is None else orjson.dumps(document),
-                headers=_headers(api_key, has_body=document is not None),
+                headers=headers if document is None else {**headers, **_JSON},
                 allow_redirects=False,
+                server_hostname=server_hostname,
             ) as response,
         ):
             body = await _read(response)
@@ -300,13 +308,22 @@ def _complaint(upstream: Upstream, answer: Answer) -> str:
 
 
 def _url(upstream: Upstream, path: str) -> str:
-    return f"{upstream.scheme}://{upstream.netloc}{upstream.runtime.locate(upstream.prefix, path)}"
+    return f"{upstream.scheme}://{upstream.place}{upstream.runtime.locate(upstream.prefix, path)}"
 
 
-def _headers(api_key: str, *, has_body: bool) -> dict[str, str]:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    if has_body:
-        headers["Content-Type"] = "application/json"
+def _tls_name(upstream: Upstream) -> str | None:
+    """The name its certificate must have, where that is not the one that is connected to."""
+    return upstream.host if upstream.place != upstream.netloc else None
+
+
+def _headers(api_key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _headers_for(upstream: Upstream) -> dict[str, str]:
+    headers = _headers(upstream.api_key)
+    if upstream.place != upstream.netloc:
+        headers["Host"] = upstream.netloc
     return headers
 
 

@@ -82,6 +82,10 @@ class Prober:
             self._next_at[upstream] = soon
             self._doubt.set()
 
+    def wake(self) -> None:
+        """The set has changed: look for what is due now."""
+        self._doubt.set()
+
     def due(self, now: float) -> list[Upstream]:
         """The upstreams whose time has come; forgets those that have left the set."""
         current = tuple(self._upstreams())
@@ -96,10 +100,10 @@ class Prober:
 
     async def _run(self) -> None:
         while True:
+            self._doubt.clear()
             await self.probe_due()
             # A short tick rather than a computed wake-up: a reload may bring upstreams that are due now.
             soonest_at = min(self._next_at.values(), default=float("inf"))
-            self._doubt.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.01, min(soonest_at - self._clock(), self._recheck_s))):
                     await self._doubt.wait()

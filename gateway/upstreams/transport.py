@@ -41,6 +41,10 @@ class Pool:
         self.heads = HeadCache()
 
     def keep(self, connection: Connection) -> None:
+        if self.upstream.retired:
+            if connection.transport is not None:
+                connection.transport.abort()
+            return
         connection.idle_at = monotonic()
         self.idle.append(connection)
 
@@ -76,7 +80,7 @@ class Pool:
             async with asyncio.timeout(timeout_s):
                 _, connection = await loop.create_connection(
                     lambda: Connection(self),
-                    upstream.host,
+                    upstream.address,
                     upstream.port,
                     ssl=self.tls,
                     server_hostname=upstream.host if self.tls is not None else None,
@@ -84,24 +88,24 @@ class Pool:
             upstream.dialling_at = monotonic()
         except TimeoutError:
             raise UpstreamUnreachable(
-                f"provider {upstream.provider!r} is unreachable: no connection to {upstream.netloc} "
+                f"provider {upstream.provider!r} is unreachable: no connection to {upstream.place} "
                 f"within {timeout_s:g} s (connect timeout)",
                 status=504,
                 code="upstream_connect_timeout",
             ) from None
         except ssl.SSLError as error:
             raise UpstreamUnreachable(
-                f"provider {upstream.provider!r} is unreachable: TLS with {upstream.netloc} failed: {_why(error)}"
+                f"provider {upstream.provider!r} is unreachable: TLS with {upstream.place} failed: {_why(error)}"
             ) from error
         except (OSError, UnicodeError) as error:  # UnicodeError: a host name that IDNA cannot encode
             raise UpstreamUnreachable(
-                f"provider {upstream.provider!r} is unreachable: {upstream.netloc}: {_why(error)}"
+                f"provider {upstream.provider!r} is unreachable: {upstream.place}: {_why(error)}"
             ) from error
         finally:
             upstream.dialling -= 1
         if connection.transport is None or connection.transport.is_closing():
             raise UpstreamUnreachable(
-                f"provider {upstream.provider!r} is unreachable: {upstream.netloc} closed the connection at once"
+                f"provider {upstream.provider!r} is unreachable: {upstream.place} closed the connection at once"
             )
         return connection
 
@@ -125,6 +129,7 @@ def _why(error: OSError | UnicodeError) -> str:
 class Transport:
     """All upstream connections of this process. `start` it inside the running loop, `close` it at the end.
 
+    Idle connections of an upstream that is `retired` are closed, and its pool goes with its last answer.
     `tls` is the context for https upstreams; by default the system's trust store, with host names checked.
     """
 
@@ -169,6 +174,17 @@ class Transport:
     def start(self) -> None:
         self._sweep()
 
+    @property
+    def idle_s(self) -> float:
+        """How long an idle connection is kept."""
+        return self._idle_s
+
+    @idle_s.setter
+    def idle_s(self, idle_s: float) -> None:
+        self._idle_s = idle_s
+        for upstream, pool in self._pools.items():
+            pool.idle_s = self._idle_at(upstream)
+
     def close(self) -> None:
         self._closed = True
         if self._timer is not None:
@@ -188,24 +204,32 @@ class Transport:
         tls = None
         if upstream.scheme == "https":
             tls = self._tls = self._tls or ssl.create_default_context()
-        # Below the runtime's own limit, or we would write into connections that it is just closing.
-        idle_s = min(self._idle_s, max(0.5, upstream.runtime.idle_s - 1.0))
-        pool = self._pools[upstream] = Pool(upstream, idle_s, tls)
+        pool = self._pools[upstream] = Pool(upstream, self._idle_at(upstream), tls)
         return pool
+
+    def _idle_at(self, upstream: Upstream) -> float:
+        """Below the runtime's own limit, or we would write into connections that it is just closing."""
+        return min(self._idle_s, max(0.5, upstream.runtime.idle_s - 1.0))
 
     def _sweep(self) -> None:
         if self._closed:
             return
         self._timer = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
         now = monotonic()
+        gone = []
         for pool in self._pools.values():
             for connection in list(pool.active):
                 reply = connection.reply
                 if reply is not None and (name := reply.overdue(now)):
                     connection.expire(reply, name)
             idle = pool.idle
-            while idle and now - idle[0].idle_at >= pool.idle_s:
+            retired = pool.upstream.retired
+            while idle and (retired or now - idle[0].idle_at >= pool.idle_s):
                 connection = idle.popleft()
                 connection.idle_at = 0.0
                 if connection.transport is not None:
                     connection.transport.abort()
+            if retired and not pool.active:
+                gone.append(pool.upstream)
+        for upstream in gone:
+            del self._pools[upstream]

@@ -46,13 +46,16 @@ class Timeouts:
 
 
 class Upstream:
-    """An address and its live counters. Survives configuration reloads by `name`.
+    """An address and its live counters. Survives configuration reloads by provider, runtime and address; what else is
+    configured changes in place.
 
     `base_url` is the OpenAI base as configured ("http://host:8000/v1"); `prefix` is its path without a trailing
     slash ("/v1"), and `root` what stands before a final "/v1" ("").
+    `address`, an IP address, is connected to instead of `host`, which is then only a name: one of several behind it.
     """
 
     __slots__ = (
+        "address",
         "api_key",
         "base_url",
         "breaker",
@@ -73,6 +76,7 @@ class Upstream:
         "port",
         "prefix",
         "provider",
+        "retired",
         "root",
         "runtime",
         "scheme",
@@ -89,6 +93,7 @@ class Upstream:
         provider: str,
         runtime: Runtime,
         base_url: str,
+        address: str = "",
         *,
         api_key: str = "",
         timeouts: Timeouts | None = None,
@@ -104,6 +109,7 @@ class Upstream:
         self.base_url = base_url
         self.scheme = url.scheme
         self.host = url.hostname
+        self.address = address or url.hostname
         self.port = url.port or (443 if url.scheme == "https" else 80)
         #: the Host header we send: ours, never the client's (Ollama answers 403 to a foreign one)
         self.netloc = url.netloc.rpartition("@")[2]
@@ -122,6 +128,7 @@ class Upstream:
         #: requests the runtime runs at once, where it tells (llama.cpp)
         self.slots: int | None = None
         self.draining = False  # an operator's wish: it gets no new request
+        self.retired = False  # no longer configured: what runs on it ends, and then its connections are closed
         self.in_flight = 0
         #: requests it takes at once, as configured; else its `slots`, and where it tells none, any number
         self.max_in_flight = max_in_flight
@@ -151,9 +158,21 @@ class Upstream:
                 return True
         return self.in_flight + self.held < limit
 
+    @property
+    def identity(self) -> str:
+        """What it is called where gateways speak of it to each other; its `name` may change with a reload."""
+        return f"{self.provider} {self.scheme}://{self.place}{self.prefix}"
+
+    @property
+    def place(self) -> str:
+        """Host and port that are connected to."""
+        if self.address == self.host:
+            return self.netloc
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
     def url(self, path: str) -> str:
         """Absolute URL of `path`, which starts at the root ("/api/tags", "/v1/models", "/health")."""
-        return f"{self.scheme}://{self.netloc}{self.root}{path}"
+        return f"{self.scheme}://{self.place}{self.root}{path}"
 
     def lease(self) -> Lease:
         """Count one request on this upstream from now until the lease is left."""

@@ -320,7 +320,7 @@ def test_masks() -> None:
 
 def test_every_field_is_a_setting() -> None:
     assert [setting.field for setting in SETTINGS if setting.field not in {f.name for f in fields(Config)}] == []
-    assert {f.name for f in fields(Config)} - {s.field for s in SETTINGS} == {"warnings", "origins"}
+    assert {f.name for f in fields(Config)} - {s.field for s in SETTINGS} == {"warnings", "origins", "files"}
 
 
 def test_the_example_env_file_names_every_variable_with_its_default() -> None:
@@ -328,7 +328,7 @@ def test_the_example_env_file_names_every_variable_with_its_default() -> None:
     shown = dict(re.findall(r"^#([A-Z_]+)=(.*)$", text, re.MULTILINE))
     assert set(shown) == {setting.variable for setting in SETTINGS} | {"GATEWAY_CONFIG"}
     defaults = {field.name: field for field in fields(Config)}
-    without_default = {"providers", "api_keys", "limits", "ollama_base_url", "data_dir", "redis_url"}
+    without_default = {"providers", "providers_file", "api_keys", "limits", "ollama_base_url", "data_dir", "redis_url"}
     without_default.add("tenants")
     without_default |= {f"oidc_{name}" for name in ("issuer", "audience", "jwks_url", "group_claim", "grants")}
     for setting in SETTINGS:
@@ -346,7 +346,9 @@ def test_the_example_env_file_names_every_variable_with_its_default() -> None:
 def test_the_example_files_are_valid(tmp_path: Path) -> None:
     uncommented = re.sub(r"^#(?=[A-Z_]+=|  \{|\])", "", (ROOT / ".env.example").read_text(), flags=re.MULTILINE)
     env_file = tmp_path / ".env"
-    env_file.write_text(uncommented.replace("GATEWAY_CONFIG=gateway.toml", ""))
+    for line in ("GATEWAY_CONFIG=gateway.toml", "GATEWAY_PROVIDERS_FILE=providers.json"):
+        uncommented = uncommented.replace(line, "")
+    env_file.write_text(uncommented)
     config = loaded(env_file=env_file)
     assert [provider.name for provider in config.providers] == ["LocalVLLM", "ollama"]
     assert config.warnings == ()
