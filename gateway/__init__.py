@@ -20,6 +20,7 @@ Rooms
     admin           the operator's side: keys and usage over HTTP
     store           what gateways share, behind the Redis protocol: Redis, Valkey, or the embedded Valkey
     wire            SANS-IO: request bodies, headers, SSE, NDJSON, the token meter
+    continuation    an answer that broke off, gone on with elsewhere: pure
     runtimes        what differs between vLLM, llama.cpp, Ollama, LocalAI, LiteLLM, LM Studio: data
     routing         decisions about a fleet: who may be asked, who is asked, what a failure means: pure
     upstreams       one upstream address (load, health); transport: prompts and answers; control: probes, management

@@ -24,6 +24,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "wire": frozenset({"errors"}),
     "dialects": frozenset({"wire", "errors"}),
+    "continuation": frozenset({"wire", "errors"}),
     "exchange": frozenset({"wire", "errors"}),
     "routing": frozenset({"errors"}),
     "runtimes": frozenset({"wire", "dialects", "errors"}),
@@ -43,7 +44,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "answer": frozenset({"exchange", "errors"}),
     "handlers": frozenset(
         {"answer", "catalog", "config", "upstreams", "runtimes", "wire", "dialects", "exchange", "ledger", "metrics"}
-        | {"errors", "routing"}
+        | {"continuation", "errors", "routing"}
     ),
     "admin": frozenset(
         {
@@ -95,6 +96,7 @@ PURE = (
     "routing",
     "wire",
     "dialects",
+    "continuation",
     "runtimes",
     "limits.bucket",
     "limits.spec",

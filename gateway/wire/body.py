@@ -36,6 +36,7 @@ class _StreamOptions(Struct):
 
 
 _object = Decoder(dict[str, Raw])
+_array = Decoder(list[Raw])
 _string = Decoder(str)
 _integer = Decoder(int)
 _stream_options = Decoder(_StreamOptions)
@@ -238,6 +239,18 @@ def usage_options(body: Body) -> bytes:
         raise BadRequest("'stream_options' must be an object.", param="stream_options", code="invalid_type")
     options = Body(raw, _decode_object(raw))
     return options.patch({"include_usage": b"true"})
+
+
+def last_object(array: bytes) -> Body | None:
+    """The last element of a JSON array, if it is an object. Its names are not judged: it is the runtime's to read."""
+    try:
+        elements = _array.decode(array)
+    except (DecodeError, RecursionError):
+        return None
+    if not elements or bytes(memoryview(elements[-1])[:1]) != b"{":
+        return None
+    raw = bytes(elements[-1])
+    return Body(raw, _decode_object(raw))
 
 
 def _sizes(values: Iterable[Raw]) -> int:

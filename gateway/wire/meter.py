@@ -25,12 +25,29 @@ TOOL_CALL: Final = re.compile(rb'"(?:tool_calls"\s*:\s*\[|function_call"\s*:)\s*
 class Meter(Protocol):
     """The tap on one answer's bytes. Times are the caller's monotonic seconds."""
 
-    usage: Usage | None  # the last usage reported so far that was not all zeros
-    events: int  # events with generated text, reasoning or tool calls
-    first_content_at: float  # 0.0 until seen
-    last_content_at: float  # a comment or an empty event does not move it
-    finished: bool  # the answer's own end was seen, and no error before it
-    error: str | None  # an error reported inside the answer, at most 500 characters
+    @property
+    def usage(self) -> Usage | None:
+        """The last usage reported so far that was not all zeros."""
+
+    @property
+    def events(self) -> int:
+        """Events with generated text, reasoning or tool calls."""
+
+    @property
+    def first_content_at(self) -> float:
+        """0.0 until seen."""
+
+    @property
+    def last_content_at(self) -> float:
+        """A comment or an empty event does not move it."""
+
+    @property
+    def finished(self) -> bool:
+        """The answer's own end was seen, and no error before it."""
+
+    @property
+    def error(self) -> str | None:
+        """An error reported inside the answer, at most 500 characters."""
 
     def feed(self, data: bytes, now: float) -> bytes:
         """Count `data`; returns what to forward for it now (b"" while an incomplete event is held back)."""

@@ -1,0 +1,138 @@
+"""The text read out of relayed bytes, on recorded streams and on awkward ones."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from gateway.continuation.spoken import UNREAD_BYTES, Spoken, before_error, given
+from tests import transcripts
+
+
+def chunk(delta: dict[str, Any] | None = None, **more: Any) -> bytes:
+    choice = {"index": 0, "delta": {} if delta is None else delta, "finish_reason": None, **more}
+    return b"data: " + json.dumps({"id": "chatcmpl-1", "choices": [choice]}).encode() + b"\n\n"
+
+
+def spoken(*pieces: bytes) -> Spoken:
+    found = Spoken()
+    for piece in pieces:
+        found.add(piece)
+    found.read()
+    return found
+
+
+def text_of(body: bytes) -> str:
+    """The plain way: every event parsed."""
+    lines = [json.loads(line[6:]) for line in body.decode().splitlines() if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in line.get("choices", ())]
+    return "".join([choice.get("delta", choice).get("content") or choice.get("text") or "" for choice in choices])
+
+
+PLAIN = [
+    (runtime, name)
+    for runtime, name in transcripts.streams()
+    if name in ("11-chat-stream", "12-chat-stream-usage", "13-chat-stream-continuous-usage", "21-completions-stream",
+                "75-continue-final-message-stream")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("runtime", "name"), PLAIN)
+def test_recorded_streams(runtime: str, name: str) -> None:
+    body = transcripts.load(runtime, name).body
+    found = spoken(body)
+    assert found.text == text_of(body)
+    assert (found.plain, found.finished, found.done) == (True, True, True)
+    assert found.identity is not None
+    first = json.loads(body.split(b"\n\n")[0].partition(b"data: ")[2])
+    assert json.loads(bytes(found.identity.id)) == first["id"]  # type: ignore[arg-type]
+
+
+def test_at_least_these_runtimes_were_recorded() -> None:
+    assert {runtime for runtime, _ in PLAIN} >= {"vllm", "llama-server", "ollama", "litellm"}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_in_any_pieces(seed: int) -> None:
+    body = transcripts.load("llama-server", "11-chat-stream").body
+    chance = random.Random(seed)
+    pieces = []
+    at = 0
+    while at < len(body):
+        end = at + chance.randrange(1, 400)
+        pieces.append(body[at:end])
+        at = end
+    found = spoken(*pieces)
+    assert (found.text, found.tokens) == (text_of(body), spoken(body).tokens)
+
+
+def test_long_answers_keep_their_text_and_little_else() -> None:
+    one = chunk({"content": " word"})
+    found = Spoken()
+    most = 0
+    for _ in range(20_000):
+        found.add(one)
+        most = max(most, found._unread_bytes)
+    found.read()
+    assert (len(found.text), found.tokens) == (5 * 20_000, 20_000)
+    assert most < UNREAD_BYTES + len(one)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        chunk({"tool_calls": [{"index": 0, "function": {"name": "f"}}], "content": None}),
+        chunk({"function_call": {"name": "f"}}),
+        chunk({"reasoning_content": "Hm"}),
+        chunk({"reasoning": "Hm"}),
+        chunk({"refusal": "No"}),
+        chunk({"content": "a"}, logprobs={"content": []}),
+        chunk({"content": "a"}, index=1),
+        b"data: no JSON\n\n",
+        b'data: {"choices": "odd"}\n\n',
+    ],
+)
+def test_what_is_not_plain_text_is_not_kept(event: bytes) -> None:
+    found = spoken(chunk({"content": "a"}), event, chunk({"content": "b"}))
+    assert (found.plain, found.text) == (False, "")
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        {"role": "assistant", "content": None},
+        {"content": "", "tool_calls": []},
+        {"tool_calls": None},
+        {"reasoning": ""},
+    ],
+)
+def test_what_says_nothing_does_no_harm(delta: dict[str, Any]) -> None:
+    found = spoken(chunk(delta), b": ping\n\n", chunk({"content": "a"}))
+    assert (found.plain, found.text, found.tokens) == (True, "a", 1)
+
+
+def test_blanks_at_the_end_are_counted() -> None:
+    found = spoken(*(chunk({"content": text}) for text in ("a:", "\n", "\n", "  ")))
+    assert (found.tokens, found.blanks) == (4, 3)
+    found = spoken(*(chunk({"content": text}) for text in ("a:", "\n", "b")))
+    assert (found.tokens, found.blanks) == (3, 0)
+
+
+def test_what_the_next_engine_is_told() -> None:
+    assert given("The end.\n\n  ") == "The end."
+    assert given("half a \ufffd") == "half a"
+    assert given("été") == "été"
+    assert given(" \n") == ""
+
+
+def test_events_before_an_error() -> None:
+    said = chunk({"content": "a"}) + chunk({"content": "b"})
+    dies = b'data: {"error": {"message": "dead", "code": 500}}\n\ndata: [DONE]\n\n'
+    assert before_error(said + dies) == said
+    assert before_error(dies) == b""
+    assert before_error(said + b"event: error\ndata: {}\n\n") == said
+    innocent = chunk({"content": '"error": "no"'})
+    assert before_error(said + innocent) == said + innocent
