@@ -84,7 +84,9 @@ async def _usage(args: argparse.Namespace, data_dir: Path, store: Store | None, 
     if args.json:
         _json({**window.document(), "rows": rows})
     elif args.format == "parquet":
-        sys.stdout.buffer.write(parquet(rows))
+        if sys.stdout.isatty():
+            raise BadQuery("parquet is no text for a terminal: write it to a file, `> usage.parquet`")
+        sys.stdout.buffer.write(parquet(rows, window.by))
     else:
         sys.stdout.write(render(rows, args.format))
     return OK

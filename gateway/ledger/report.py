@@ -14,14 +14,14 @@ import json
 import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.ledger import frames
 from gateway.ledger.recovery import decode, entries, journals
 from gateway.ledger.shipper import CALL_S, HOURS_KEPT_S, day_key, hour_key, marks_key, sums_of
-from gateway.ledger.totals import DAY_S, DIMENSIONS, HOUR_S, TIMES, Totals, add, hours_and_days, merge, rows
+from gateway.ledger.totals import COUNTS, DAY_S, DIMENSIONS, HOUR_S, TIMES, Totals, add, hours_and_days, merge, rows
 from gateway.store.scripts import Script
 
 if TYPE_CHECKING:
@@ -194,11 +194,24 @@ def _cell(value: object) -> str:
     return f"{value:.6f}" if isinstance(value, float) else str(value)
 
 
-def parquet(found: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows as a Parquet file. Raises ImportError without pyarrow."""
+def parquet(found: Sequence[Mapping[str, Any]], by: Sequence[str]) -> bytes:
+    """Rows as a Parquet file, also where there are none: hours as timestamps in UTC, days as dates, counts as 64-bit
+    integers, cost and seconds as doubles, names as texts. Raises ImportError without pyarrow.
+    """
     import pyarrow
     import pyarrow.parquet
 
+    times = {"hour": pyarrow.timestamp("ms", tz="UTC"), "day": pyarrow.date32()}
+    columns = [(name, times.get(name, pyarrow.string())) for name in by]
+    columns += [(name, pyarrow.int64()) for name in COUNTS]
+    columns += [(name, pyarrow.float64()) for name in ("cost", "upstream_s")]
+    rows = []
+    for row in found:
+        rows.append(dict(row))
+        if "hour" in row:
+            rows[-1]["hour"] = datetime.fromisoformat(row["hour"])
+        if "day" in row:
+            rows[-1]["day"] = date.fromisoformat(row["day"])
     out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in found]), out)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(columns)), out)
     return out.getvalue()

@@ -31,6 +31,8 @@ SUMS: Final = (
     "cost_nano",
     "upstream_ms",
 )
+#: those that a row shows as they are, as whole numbers
+COUNTS: Final = tuple(name for name in SUMS if name not in ("cost_nano", "upstream_ms"))
 TIMES: Final = ("hour", "day")
 DIMENSIONS: Final = ("key", "group", "model", "provider", "upstream")
 
@@ -112,7 +114,7 @@ def rows(totals: Totals, by: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _shown(sums: Mapping[str, int]) -> dict[str, Any]:
-    row: dict[str, Any] = {name: sums.get(name, 0) for name in SUMS if name not in ("cost_nano", "upstream_ms")}
+    row: dict[str, Any] = {name: sums.get(name, 0) for name in COUNTS}
     known = sums.get("priced", 0) or not sums.get("unpriced", 0)
     row["cost"] = sums.get("cost_nano", 0) / NANO if known else None
     row["upstream_s"] = sums.get("upstream_ms", 0) / 1000
