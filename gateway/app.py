@@ -94,6 +94,7 @@ class App:
         hosts = self.store if config.redis_url and config.store == "auto" else None  # the embedded one has no others
         self.keys = KeyBook(keys, Shared(hosts) if hosts is not None else None)
         self.draining = False
+        self.ready_asked_at: float | None = None  # when somebody last asked whether to send requests here
         self.journal = Journal(config.data_dir / "journal") if config.ledger else None
         self.dispatcher = Dispatcher(
             self.transport,
@@ -285,6 +286,7 @@ class App:
             _log.warning("upstream %s is ejected: %s", upstream.name, "gone" if breaker.gone else "failing")
 
     def _unready(self) -> list[str]:
+        self.ready_asked_at = monotonic()
         return ["the gateway is shutting down"] if self.draining else []
 
     def _degraded(self) -> list[str]:

@@ -33,6 +33,8 @@ _log = logging.getLogger("gateway.server")
 MIN_AIOHTTP: Final = (3, 14, 4)
 #: Work left after an error event was written: time for the bytes to leave before the sockets are closed.
 LAST_WORDS_S: Final = 0.5
+#: whoever asked /readyz no longer ago than this watches it
+WATCHED_S: Final = 30.0
 
 
 class ClientProtocol(RequestHandler):
@@ -247,11 +249,13 @@ class Listeners:
         host, port = listening.sockets[0].getsockname()[:2]
         return Listen(host, port)
 
+    def last_answers(self) -> None:
+        """From now on each answer is the last of its connection; new ones are taken."""
+        self._servers[0][0].draining = True
+
     def stop_accepting(self) -> None:
         """Take no new client connections. The metrics listener stays: its /readyz says why."""
-        server, listening = self._servers[0]
-        server.draining = True
-        listening.close()
+        self._servers[0][1].close()
 
     async def close(self) -> None:
         for server, listening in self._servers:
@@ -263,7 +267,12 @@ class Listeners:
 
 
 async def run(app: App, stop: asyncio.Event, started: Callable[[Listeners], None]) -> None:
-    """Serve until `stop` is set, then drain: no new connections, running answers finish, up to `shutdown_s`."""
+    """Serve until `stop` is set, then drain: readiness fails, then no new connections are taken, and running answers
+    finish, all within `shutdown_s`.
+
+    Between the first and the second lies `drain_notice_s`, in which who watches /readyz goes elsewhere, and no request
+    of theirs meets a closed socket. Where nobody watches there is nothing to wait for.
+    """
     listeners = Listeners(app)
     try:
         await listeners.bind()  # before any upstream is asked: an address in use is known at once
@@ -272,8 +281,12 @@ async def run(app: App, stop: asyncio.Event, started: Callable[[Listeners], None
         started(listeners)
         await stop.wait()
         app.draining = True
-        listeners.stop_accepting()
         deadline_at = monotonic() + app.config.shutdown_s
+        listeners.last_answers()
+        asked_at = app.ready_asked_at
+        if asked_at is not None and monotonic() - asked_at < WATCHED_S:
+            await asyncio.sleep(min(app.config.drain_notice_s, app.config.shutdown_s))
+        listeners.stop_accepting()
         # Looked at, not waited for: what each request does at its end is to take one from a number.
         while app.in_flight() and monotonic() < deadline_at:  # noqa: ASYNC110
             await asyncio.sleep(0.05)

@@ -239,6 +239,7 @@ class Config:
     attempts: int = 3  # upstreams that one request may be sent to, the first included
     retry_budget: float = 0.1  # part of the requests that may be sent once more
     shutdown_s: float = 30.0
+    drain_notice_s: float = 5.0  # a part of it, in which requests are still taken
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     access_log: bool = True
     ledger: bool = True

@@ -90,6 +90,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("attempts", parsing.whole(1, 100), "times a request may be sent until an answer begins"),
     _setting("retry_budget", parsing.number(most=1.0), "part of the requests that may be sent again"),
     _setting("shutdown_s", _seconds_or_zero, "how long running requests may finish after SIGTERM"),
+    _setting("drain_notice_s", _seconds_or_zero, "how long requests are still taken then, if /readyz is asked"),
     _setting("log_level", parsing.choice("debug", "info", "warning", "error"), "least severe message to log"),
     _setting("access_log", parsing.switch, "one log line for each request"),
     _setting("ledger", parsing.switch, "keep a record of what each request used, in the data directory"),
