@@ -133,6 +133,12 @@ class UpstreamBroken(UpstreamError):
     code = "upstream_broken"
 
 
+class UpstreamGivenUp(UpstreamBroken):
+    """The gateway itself is shutting down: no upstream's fault, and nothing to try again."""
+
+    word = "given_up"
+
+
 class UpstreamSilent(UpstreamBroken):
     """Sent, and the connection ended without a byte of an answer."""
 

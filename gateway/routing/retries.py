@@ -40,6 +40,7 @@ RULES: Final = {
     "busy": Rule("elsewhere", 0),  # 429, or 503 with a Retry-After: it works, and says so
     "unavailable": Rule("elsewhere", 1),  # 503 without a time
     "failed": Rule("elsewhere", 1),  # another 5xx
+    "given_up": Rule("never", 0),  # the gateway is shutting down
     "client_gone": Rule("never", 0),
     "outrun": Rule("never", 0),  # hedged, and the other attempt was first
 }

@@ -18,7 +18,7 @@ from collections import deque
 from time import monotonic
 from typing import Final
 
-from gateway.errors import UpstreamBroken, UpstreamUnreachable
+from gateway.errors import UpstreamGivenUp, UpstreamUnreachable
 from gateway.upstreams.connection import Connection
 from gateway.upstreams.reply import Reply, StaleConnection
 from gateway.upstreams.upstream import Upstream
@@ -153,7 +153,7 @@ class Transport:
         while True:
             if self._closed:  # while it was dialled
                 connection.abort()
-                raise UpstreamUnreachable("the gateway is shutting down", status=503)
+                raise UpstreamGivenUp("the gateway is shutting down", status=503)
             reply = connection.begin(head, body)
             pool.active.add(connection)
             try:
@@ -194,7 +194,7 @@ class Transport:
                 reply = connection.reply
                 connection.abort()
                 if reply is not None:
-                    reply.fail(UpstreamBroken("the gateway is shutting down"))
+                    reply.fail(UpstreamGivenUp("the gateway is shutting down"))
             while pool.idle:
                 connection = pool.idle.pop()
                 connection.idle_at = 0.0

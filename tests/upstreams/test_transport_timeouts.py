@@ -10,7 +10,7 @@ from time import monotonic
 
 import pytest
 
-from gateway.errors import UpstreamBroken, UpstreamTimeout, UpstreamUnreachable
+from gateway.errors import UpstreamBroken, UpstreamGivenUp, UpstreamTimeout, UpstreamUnreachable
 from gateway.upstreams.reply import Reply
 from tests.upstreams.scripted import BODY, OK, Script, Scripted, client, exchange, head, read, until, upstream
 
@@ -221,7 +221,7 @@ async def test_closing_the_transport_ends_every_exchange() -> None:
             found = await asyncio.gather(*waiting, return_exceptions=True)
             assert [str(error) for error in found] == ["the gateway is shutting down"] * 3
             assert all(isinstance(error, UpstreamBroken) for error in found)
-            with pytest.raises(UpstreamUnreachable, match="shutting down"):
+            with pytest.raises(UpstreamGivenUp, match="shutting down"):
                 await exchange(transport, one)
             assert transport.counts(one) == (0, 0)
         await asyncio.sleep(0.02)
