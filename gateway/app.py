@@ -13,12 +13,14 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from gateway.admin import keys as admin_keys
+from gateway.admin import upstreams as admin_upstreams
 from gateway.admin import usage as admin_usage
 from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
 from gateway.config import Config
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.exchange import Exchange
+from gateway.fleet.drains import Drains
 from gateway.fleet.reload import Reloads
 from gateway.handlers import local, openai
 from gateway.handlers.dispatch import Dispatcher
@@ -95,6 +97,7 @@ class App:
         self.keys = KeyBook(keys, Shared(hosts) if hosts is not None else None)
         self.draining = False
         self.ready_asked_at: float | None = None  # when somebody last asked whether to send requests here
+        self.drains = Drains(self.catalog, self.store)
         self.journal = Journal(config.data_dir / "journal") if config.ledger else None
         self.dispatcher = Dispatcher(
             self.transport,
@@ -189,6 +192,7 @@ class App:
                 "POST": Proxy(surface, self.catalog, self.dispatcher, limits, self.limiter, reject_tools=reject)
             }
         routes |= admin_keys.routes(self.keys)
+        routes |= admin_upstreams.routes(self.catalog, self.drains)
         if self.journal is not None:
             routes |= admin_usage.routes(self.journal.root, self.store)
         return routes
@@ -230,6 +234,7 @@ class App:
             self.journal.start()
         if self.store is not None:
             await self.store.start()
+        await self.drains.start()
         self.transport.start()
         await self.control.start()
         await self.prober.probe_due()

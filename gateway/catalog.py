@@ -271,9 +271,9 @@ class Catalog:
 
 
 def _unique(upstream: Upstream, taken: set[str]) -> str:
-    """The provider's name and the host; with its path too where two share the host."""
+    """The provider's name and the host; where two share the host with their paths, whose slashes fit into no URL."""
     name = f"{upstream.provider}@{upstream.place}"
-    return name if name not in taken else f"{name}{upstream.prefix}"
+    return name if name not in taken else name + upstream.prefix.replace("/", ".")
 
 
 def _discovered(upstreams: tuple[Upstream, ...]) -> tuple[Model, ...]:

@@ -1,4 +1,4 @@
-"""The command line: `llm-gateway serve | check | doctor | keys | usage | explain | reconcile | sim`.
+"""The command line: `llm-gateway serve | check | doctor | keys | usage | explain | reconcile | upstreams | sim`.
 
 Exit codes: 0 done, 1 could not run (port in use, data directory not writable), 2 wrong usage or configuration.
 Rooms are imported by the command that needs them, so that `check` and `--help` start at once.
@@ -80,6 +80,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
             ](reading)
             _configuration_flags(reading)
             reading.set_defaults(run=_ledger)
+
+    upstreams = commands.add_parser("upstreams", help="what stands behind a running gateway", allow_abbrev=False)
+    if command == "upstreams":
+        from gateway.fleet import cli as fleet_cli
+
+        fleet_cli.add_commands(upstreams, _configuration_flags)
+        upstreams.set_defaults(run=_upstreams)
 
     sim = commands.add_parser("sim", help="the engine simulator")
     if command == "sim":
@@ -214,6 +221,22 @@ def _keys(args: argparse.Namespace) -> int:
     from gateway.identity.shared import connected
 
     return keys_cli.run(args, keyring, lambda: connected(config.redis_url.value))
+
+
+def _upstreams(args: argparse.Namespace) -> int:
+    from gateway.config import ConfigError, Listen
+    from gateway.config.check import problems_text
+    from gateway.fleet import cli as fleet_cli
+
+    if args.url:
+        return fleet_cli.run(args, args.url, os.environ)
+    try:
+        config = _load(args)
+    except ConfigError as error:
+        print(problems_text(error.problems), file=sys.stderr)
+        return WRONG
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.listen.host, config.listen.host)
+    return fleet_cli.run(args, f"http://{Listen(host, config.listen.port)}", os.environ)
 
 
 def _ledger(args: argparse.Namespace) -> int:

@@ -301,16 +301,20 @@ class Metrics(Collector):
             "The last probe: 1 ok, 0.5 degraded, 0 unreachable or unknown.",
             labels=names,
         )
+        draining = GaugeMetricFamily(
+            "gateway_upstream_draining", "1 while an operator keeps new requests away.", labels=names
+        )
         probe_s = GaugeMetricFamily("gateway_upstream_probe_seconds", "Round trip of the last probe.", labels=names)
         for upstream in self._upstreams():
             label = [upstream.provider, upstream.name]
             in_flight.add_metric(label, upstream.in_flight)
             served.add_metric(label, upstream.served)
             failed.add_metric(label, upstream.failed)
+            draining.add_metric(label, int(upstream.draining))
             up.add_metric(label, {"ok": 1.0, "degraded": 0.5}.get(upstream.health.status, 0.0))
             if upstream.health.latency_s is not None:
                 probe_s.add_metric(label, upstream.health.latency_s)
-        yield from (in_flight, served, failed, up, probe_s)
+        yield from (in_flight, served, failed, up, draining, probe_s)
 
     def _store_families(self, store: StoreSeries) -> Iterator[Metric]:
         yield GaugeMetricFamily("gateway_store_up", "1 if the store can be used.", value=store.up.value)

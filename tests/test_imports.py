@@ -52,6 +52,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "catalog",
             "config",
             "exchange",
+            "fleet",
             "handlers",
             "identity",
             "ledger",
