@@ -4,9 +4,10 @@ A batch and the position it ends at are one script: the sums, the raw records an
 not at all, and only if the mark is where the batch begins. So whatever is sent again after a doubt (an answer that did
 not come, a process that died) is refused by the store, which says where to go on.
 
-A segment is deleted when everything in it has been in the store for `GRACE_S` and the mark is still there: a store that
-syncs its append-only file every second has it on disk by then; one that forgot its last seconds gets them again.
-(WAITAOF answers for the writes of one connection, and calls here share a pool, so it could not tell.)
+A segment is deleted when everything in it has been in the store for `GRACE_S`, the mark is still there, and the store,
+where it can (WAITAOF), says that the mark is on its disk: the mark is written once more for that, and what is synced
+with a write is synced with all before it. One that forgot its last seconds, or whose replica took over without them,
+gets them again.
 
 While the store is away everything waits on disk; memory holds one batch. Without a store only what dead processes left
 behind is ended, and the journals are the ledger.
@@ -42,6 +43,10 @@ SHIP_EVERY_S: Final = 0.25
 ADOPT_EVERY_S: Final = 10.0
 GRACE_S: Final = 5.0
 CALL_S: Final = 5.0
+#: a store that syncs each second is done by then
+SYNC_S: Final = 2.0
+#: the store did not sync so many times in a row: it never does (appendfsync no), and its operator knows
+UNSYNCED_MAX: Final = 10
 STREAM_MAX: Final = 100_000  # raw records kept
 HOURS_KEPT_S: Final = 100 * DAY_S
 SEPARATOR: Final = "\x1f"
@@ -62,6 +67,17 @@ for i = 3, 2 + tonumber(ARGV[6]) do redis.call('EXPIRE', KEYS[i], ARGV[5]) end
 for i = at, #ARGV do redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'r', ARGV[i]) end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 return ARGV[3]
+""",
+)
+
+
+#: KEYS: marks. ARGV: journal, mark expected. Writes the mark again if it is there.
+CONFIRM: Final = Script(
+    "confirm",
+    """
+local mark = redis.call('HGET', KEYS[1], ARGV[1]) or '0'
+if mark == ARGV[2] then redis.call('HSET', KEYS[1], ARGV[1], mark) end
+return mark
 """,
 )
 
@@ -118,6 +134,7 @@ class Shipper:
         self._adopted: list[_Source] = []
         self._adopt_at = 0.0
         self._task: asyncio.Task[None] | None = None
+        self._unsynced = 0  # times in a row that the store did not sync in time
         self.shipped = 0  # records
 
     def start(self) -> None:
@@ -219,12 +236,22 @@ class Shipper:
         if now - since < self._grace_s:
             return False
         assert self._store is not None
-        mark = await self._store.call("HGET", marks_key(self._store), source.folder.name, timeout_s=CALL_S)
-        if int(mark or 0) != source.mark:
+        mark, synced = await self._store.run_synced(
+            CONFIRM, [marks_key(self._store)], [source.folder.name, source.mark], sync_s=SYNC_S, timeout_s=CALL_S
+        )
+        if int(mark) != source.mark:
             _log.warning("the store has forgotten records; they are shipped again from the journal")
             source.mark = -1
             source.passed = (0, 0.0)
             return False
+        if synced is False and self._unsynced < UNSYNCED_MAX:
+            self._unsynced += 1
+            if self._unsynced == UNSYNCED_MAX:
+                _log.warning("the store does not sync its append-only file: what it forgets when its host dies is lost")
+            source.passed = (place, now)
+            return False
+        if synced:
+            self._unsynced = 0
         return True
 
     async def _truncate(self, source: _Source) -> None:

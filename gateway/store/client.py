@@ -78,13 +78,17 @@ class StoreError(Exception):
 
 
 class _Call:
-    """One call. `sent`: it had its turn on a connection. `abandoned`: nobody waits for it any more."""
+    """One call. `sent`: it had its turn on a connection. `abandoned`: nobody waits for it any more.
 
-    __slots__ = ("abandoned", "command", "error", "result", "script", "sent")
+    `then`: a command to follow on the same connection; `result` is then both answers, the second perhaps an exception.
+    """
 
-    def __init__(self, command: tuple[Any, ...], script: Script | None) -> None:
+    __slots__ = ("abandoned", "command", "error", "result", "script", "sent", "then")
+
+    def __init__(self, command: tuple[Any, ...], script: Script | None, then: tuple[Any, ...] = ()) -> None:
         self.command = command
         self.script = script
+        self.then = then
         self.sent = False
         self.abandoned = False
         self.result: Any = None
@@ -207,6 +211,22 @@ class Store:
         """
         return await self._ask(_Call(command, None), timeout_s)
 
+    async def run_synced(
+        self, script: Script, keys: Sequence[str], args: Sequence[Argument] = (), *, sync_s: float, timeout_s: float
+    ) -> tuple[Any, bool | None]:
+        """The same for a script that writes, and whether its writes, and so all before them, are on the server's disk
+        within `sync_s` (WAITAOF).
+
+        None: it cannot tell (before Redis and Valkey 7.2, or without an append-only file; a Cluster is not asked).
+        `timeout_s` is for both together.
+        """
+        command = ("EVALSHA", script.sha, len(keys), *keys, *args)
+        if self.address.shape == "cluster":  # redis-py has no one connection to send both on
+            return await self._ask(_Call(command, script), timeout_s), None
+        wait = ("WAITAOF", 1, 0, int(sync_s * 1000))
+        answer, synced = await self._ask(_Call(command, script, wait), timeout_s)
+        return answer, None if isinstance(synced, Exception) else synced[0] >= 1
+
     async def _ask(self, call: _Call, timeout_s: float) -> Any:
         if not self._breaker.closed:
             self._count("open")
@@ -248,13 +268,13 @@ class Store:
             self.series.round_trips += 1
             try:
                 try:
-                    call.result = await connections.client.execute_command(*call.command)
+                    call.result = await _executed(connections.client, call.command, call.then)
                 except exceptions.NoScriptError:
                     if call.script is None or call.abandoned:
                         raise
                     self.series.round_trips += 1
                     command = ("EVAL", call.script.text, *call.command[2:])
-                    call.result = await connections.client.execute_command(*command)
+                    call.result = await _executed(connections.client, command, call.then)
             except Exception as error:
                 call.error = error
             else:
@@ -320,3 +340,15 @@ class Store:
                 callback(up)
             except Exception as error:
                 _log.error("a listener of the store failed: %s", type(error).__name__)
+
+
+async def _executed(client: Any, command: tuple[Any, ...], then: tuple[Any, ...]) -> Any:
+    if not then:
+        return await client.execute_command(*command)
+    async with client.pipeline(transaction=False) as both:
+        both.execute_command(*command)
+        both.execute_command(*then)
+        first, second = await both.execute(raise_on_error=False)
+    if isinstance(first, Exception):
+        raise first
+    return first, second

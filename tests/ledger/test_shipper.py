@@ -20,7 +20,9 @@ from gateway.ledger.recovery import decode, journals
 from gateway.ledger.report import Window, usage
 from gateway.ledger.shipper import Shipper, newest
 from gateway.ledger.story import explain
-from gateway.store.client import Store
+from gateway.store.address import parse
+from gateway.store.client import Store, StoreError
+from gateway.store.scripts import Script
 from tests.journeys.stage import until
 from tests.ledger.books import died, exchange, finished
 from tests.store_fixtures import Server
@@ -143,6 +145,47 @@ async def test_the_store_dies_under_load_and_comes_back(
         assert await raw(store) == Counter(f"req-{number:06d}" for number in range(1500))
         await until(lambda: len(frames.segments(journal.folder)) <= 2, 5.0, "shipped segments are deleted")
         assert await total(tmp_path, store) == (1500, 150_000, 15_000)
+
+
+async def test_a_segment_is_deleted_when_the_store_has_it_on_its_disk(
+    tmp_path: Path, valkey_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not before, however long that takes; only a store that never syncs is at last taken at its word."""
+    monkeypatch.setattr(shipping, "SYNC_S", 0.05)
+    assert valkey_server.ask("CONFIG SET appendfsync no") == b"+OK\r\n"
+    store = Store(parse(valkey_server.url))
+    await store.start()
+    async with shipped(tmp_path, store, segment_bytes=3000, grace_s=0.05) as (journal, one):
+        use(journal, range(30))
+        await until(lambda: one.shipped == 30, what="shipped")
+        before = len(frames.segments(journal.folder))
+        await until(lambda: one._unsynced >= 3, 10.0, what="asked three times")
+        assert len(frames.segments(journal.folder)) == before > 3
+        assert valkey_server.ask("CONFIG SET appendfsync everysec") == b"+OK\r\n"
+        await until(lambda: len(frames.segments(journal.folder)) == 1, 10.0, what="deleted")
+        assert one._unsynced == 0
+
+        monkeypatch.setattr(shipping, "UNSYNCED_MAX", 1)
+        assert valkey_server.ask("CONFIG SET appendfsync no") == b"+OK\r\n"
+        use(journal, range(30, 60))
+        await until(lambda: one.shipped == 60 and len(frames.segments(journal.folder)) == 1, 10.0, what="deleted")
+        assert "does not sync" in caplog.text
+    await store.close()
+
+
+async def test_whether_writes_are_on_disk(store: Store, store_server: Server) -> None:
+    script = Script("write", "redis.call('SET', KEYS[1], ARGV[1]); return ARGV[1]")
+    known = store_server.ask("COMMAND INFO waitaof").startswith(b"*1\r\n*1") and b"waitaof" in store_server.ask(
+        "COMMAND INFO waitaof"
+    )
+    for _ in range(2):  # the server does not know the script, then it does
+        answer = await store.run_synced(script, [store.key("x")], ["1"], sync_s=2.0, timeout_s=5.0)
+        assert answer == (b"1", True if known else None)
+    store_server.ask("CONFIG SET appendonly no")
+    answer = await store.run_synced(script, [store.key("x")], ["2"], sync_s=0.1, timeout_s=5.0)
+    assert answer == (b"2", None)
+    with pytest.raises(StoreError):
+        await store.run_synced(Script("wrong", "return nothing()"), [store.key("x")], sync_s=0.1, timeout_s=5.0)
 
 
 async def test_without_a_store_the_journals_are_the_ledger(tmp_path: Path) -> None:
