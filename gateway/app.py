@@ -24,6 +24,7 @@ from gateway.fleet.drains import Drains
 from gateway.fleet.reload import Reloads
 from gateway.handlers import local, openai
 from gateway.handlers.dispatch import Dispatcher
+from gateway.handlers.gate import Gate
 from gateway.handlers.ollama import Ollama
 from gateway.handlers.providers import Providers
 from gateway.handlers.proxy import Proxy
@@ -44,6 +45,7 @@ from gateway.oidc.grants import EVERYBODY
 from gateway.oidc.issuer import Issuer
 from gateway.oidc.signers import Signers
 from gateway.oidc.tokens import Tokens
+from gateway.routing.fair import FairQueue
 from gateway.routing.retries import RetryBudget
 from gateway.store.client import Store
 from gateway.upstreams.control import Control
@@ -99,11 +101,18 @@ class App:
         self.ready_asked_at: float | None = None  # when somebody last asked whether to send requests here
         self.drains = Drains(self.catalog, self.store)
         self.journal = Journal(config.data_dir / "journal") if config.ledger else None
+        self.gate = Gate(
+            FairQueue(config.queue_max, config.queue_input_weight, config.queue_output_weight),
+            config.queue_s,
+            {tenant.group: tenant.weight for tenant in config.tenants},
+        )
+        self.metrics.queue = self.gate.series
         self.dispatcher = Dispatcher(
             self.transport,
             self.journal.open if self.journal is not None else None,
             attempts=config.attempts,
             budget=RetryBudget(config.retry_budget),
+            gate=self.gate,
             changed=self._moved,
             doubted=self.prober.doubt,
         )
@@ -319,6 +328,7 @@ class App:
     def _settle(self, exchange: Exchange) -> None:
         """Synchronous, once for each request, whatever became of it."""
         settle_usage(exchange)
+        self.gate.ended(exchange)
         self.limiter.settle(exchange)
         self.metrics.settle(exchange)
         one = record(exchange)

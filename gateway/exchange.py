@@ -80,6 +80,8 @@ class Exchange:
         "price",
         "principal",
         "provider",
+        "queued_s",
+        "rank",
         "remote",
         "request_bytes",
         "response_bytes",
@@ -104,12 +106,14 @@ class Exchange:
         self.first_byte_at = 0.0  # first byte of the upstream's body
         self.upstream_s = 0.0  # time spent waiting for the upstream: connect to its last byte
         self.waited_s = 0.0  # time spent waiting for the client's body
+        self.queued_s = 0.0  # time spent waiting for room on an upstream
         #: route template, e.g. "/v1/chat/completions"; "-" for a path that no route has (bounds the labels)
         self.route = "-"
         self.operation = ""  # gen_ai operation: "chat", "text_completion", "embeddings"; "" for the rest
         self.family: Family = "openai"
         self.principal: Any = None  # gateway.identity.principals.Principal, once known
         self.key = ""  # public name of the key
+        self.rank = 1  # class in which it waits for room, an index of gateway.routing.fair.PRIORITIES
         self.body: Body | None = None
         self.model_asked = ""  # as the client wrote it; never a metric label
         self.model = ""  # catalog name after aliases; bounded

@@ -26,6 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from gateway import __version__
+from gateway.routing.fair import PRIORITIES
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
@@ -119,6 +120,18 @@ class ModelSeries:
         return found
 
 
+class QueueSeries:
+    """The series of the queue; how many wait, by rank, is asked at scrape time. `shed`: by deadline, full or closed."""
+
+    __slots__ = ("depths", "shed", "tenants", "waits")
+
+    def __init__(self, depths: Callable[[], list[int]], tenants: Callable[[], int]) -> None:
+        self.depths = depths
+        self.tenants = tenants
+        self.waits = Histogram(TTFT_S)
+        self.shed: dict[str, int] = {}
+
+
 class StoreSeries:
     """The series of the store. `errors` by kind: StoreAway's, and reply (a script or command is wrong)."""
 
@@ -146,6 +159,7 @@ class Metrics(Collector):
         # asked at scrape time: whoever counts these sets them
         self.retries: Callable[[], int] = int
         self.journal: Journal | None = None
+        self.queue: QueueSeries | None = None
         self.log_dropped: Callable[[], int] = int
         self.limiter: Limiter | None = None
         self.reloads: Reloads | None = None
@@ -165,7 +179,7 @@ class Metrics(Collector):
         except KeyError:
             self.requests[key] = 1
         duration_s = exchange.ended_at - exchange.began_at
-        self.overhead.observe(max(0.0, duration_s - exchange.upstream_s - exchange.waited_s))
+        self.overhead.observe(max(0.0, duration_s - exchange.upstream_s - exchange.waited_s - exchange.queued_s))
         if not exchange.model:
             return
         label = (exchange.operation, exchange.provider, exchange.model)
@@ -239,6 +253,8 @@ class Metrics(Collector):
         yield _histogram("gateway_event_loop_lag_seconds", "How late the event loop runs what is due.", self.loop_lag)
         yield from self._model_families()
         yield from self._upstream_families()
+        if self.queue is not None:
+            yield from _queue_families(self.queue)
         if self.journal is not None:
             yield from _journal_families(self.journal)
         if self.reloads is not None:
@@ -324,6 +340,19 @@ class Metrics(Collector):
         yield errors
         yield CounterMetricFamily("gateway_store_round_trips", "Commands sent to the store.", value=store.round_trips)
         yield _histogram("gateway_store_latency_seconds", "Time of a call that was answered.", store.latency)
+
+
+def _queue_families(queue: QueueSeries) -> Iterator[Metric]:
+    depth = GaugeMetricFamily("gateway_queue_depth", "Requests that wait for room on an upstream.", labels=["class"])
+    for priority, count in zip(PRIORITIES, queue.depths(), strict=True):
+        depth.add_metric([priority], count)
+    yield depth
+    yield GaugeMetricFamily("gateway_queue_tenants", "Tenants that have requests waiting.", value=queue.tenants())
+    yield _histogram("gateway_queue_wait_seconds", "Time of a wait, whatever its end.", queue.waits)
+    shed = CounterMetricFamily("gateway_queue_shed", "Requests that waited for nothing.", labels=["reason"])
+    for reason, count in list(queue.shed.items()):
+        shed.add_metric([reason], count)
+    yield shed
 
 
 def _journal_families(journal: Journal) -> Iterator[Metric]:

@@ -292,6 +292,7 @@ async def run(app: App, stop: asyncio.Event, started: Callable[[Listeners], None
             await asyncio.sleep(0.05)
         if app.in_flight():
             _log.warning("%d requests are cut at the end of the drain time", app.in_flight())
+            app.gate.close()
             app.transport.close()  # each gets its family's error event
             await asyncio.sleep(LAST_WORDS_S / 5)
     finally:

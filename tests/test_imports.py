@@ -28,7 +28,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "exchange": frozenset({"wire", "errors"}),
     "routing": frozenset({"errors"}),
     "runtimes": frozenset({"wire", "dialects", "errors"}),
-    "metrics": frozenset({"exchange", "errors", "ledger", "upstreams"}),
+    "metrics": frozenset({"routing", "exchange", "errors", "ledger", "upstreams"}),
     "log": frozenset({"exchange", "errors", "ledger"}),
     "store": frozenset({"errors", "metrics"}),
     "limits": frozenset({"store", "exchange", "errors"}),

@@ -2,6 +2,7 @@
 
 - `proxy`     the three verbs in one visible function, and what a surface is
 - `resolve`   capped body, typed peek, route, may this principal? Gives a Plan; touches no upstream
+- `gate`      how many requests an upstream has at once, and the queue of those that find no room
 - `dispatch`  picks an upstream, leases it, sends; the client has seen nothing yet
 - `relay`     the commit point: the answer's bytes to the client, through the meter
 - `openai`, `local`, `providers`, `ollama`, `system`   the surfaces

@@ -22,8 +22,10 @@ from gateway import __version__
 from gateway.catalog import Offer
 from gateway.errors import BadRequest, NoCapacity, UpstreamError, UpstreamTimeout
 from gateway.exchange import Attempt, Exchange
+from gateway.handlers.gate import Gate
 from gateway.handlers.resolve import Plan
 from gateway.routing.eligible import eligible, quiet_for_s
+from gateway.routing.fair import FairQueue
 from gateway.routing.retries import RULES, UNKNOWN, RetryBudget, backoff_s, retry_after_s
 from gateway.upstreams.policies import least_in_flight
 from gateway.upstreams.reply import Reply
@@ -48,6 +50,7 @@ class Dispatcher:
         *,
         attempts: int = 3,
         budget: RetryBudget | None = None,
+        gate: Gate | None = None,
         changed: Callable[[Upstream], None] | None = None,
         doubted: Callable[[Upstream], None] | None = None,
     ) -> None:
@@ -55,6 +58,7 @@ class Dispatcher:
         self.admitted = admitted
         self.attempts = attempts
         self.budget = budget or RetryBudget()
+        self.gate = gate or Gate(FairQueue())
         self.changed = changed
         self.doubted = doubted
         self.retries = 0
@@ -143,9 +147,14 @@ class Dispatch:
         dispatcher = self._dispatcher
         plan = self._plan
         while True:
-            offer = self._offer = self._choose(ready)
+            room = ready if exchange.committed else dispatcher.gate.room(ready)  # the rest of an answer cannot wait
+            if not room:
+                room = await self._room(ready)
+            offer = self._offer = self._choose(room)
             upstream = offer.upstream
             self._lease = upstream.lease()
+            if upstream.limit is not None:
+                dispatcher.gate.began(exchange, upstream)
             now = self._sent_at = monotonic()
             if not upstream.breaker.clear:
                 upstream.breaker.chosen(now)
@@ -202,6 +211,18 @@ class Dispatch:
             if ready or self._tier + 1 >= len(tiers):
                 return ready
             self._tier += 1
+
+    async def _room(self, ready: Sequence[Offer]) -> Sequence[Offer]:
+        """Wait until one of those that may be asked has room for this request. Raises NoCapacity."""
+        gate = self._dispatcher.gate
+        while not (room := gate.room(ready)):
+            room = await gate.wait(self._exchange, self._plan.tiers[self._tier], self._tried, ready)
+            if room:
+                break
+            ready = self._ready(monotonic())
+            if not ready:
+                raise self._nobody()
+        return room
 
     def _choose(self, ready: Sequence[Offer]) -> Offer:
         """One of `ready`, which is not empty."""
@@ -302,7 +323,7 @@ class Dispatch:
         is still to be said about the upstream, if anything.
         """
         now = monotonic()
-        self._exchange.upstream_s = now - self._began_at
+        self._exchange.upstream_s = now - self._began_at - self._exchange.queued_s
         if self._reply is not None:
             self._reply.close()
             self._reply = None

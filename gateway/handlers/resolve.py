@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
 TOOLS_REMOVED: Final = b"X-Gateway-Tools: removed\r\n"
+#: the class in which a request waits for room, if that is lower than its key's
+PRIORITY: Final = "X-Gateway-Priority"
 #: A body's rate is judged only after this time, so that a slow start is no offence.
 RATE_GRACE_S: Final = 5.0
 #: when to ask again for a model whose host names resolve to nothing
@@ -156,6 +158,8 @@ def resolve(
         raise NoCapacity(f"no host that serves {name!r} is known now", param="model", retry_after_s=HOSTLESS_S)
     plan = Plan(body, tiers, surface.operation, surface.native)
     plan.headers = request_headers(request.raw_headers)
+    if principal is not None:
+        exchange.rank = principal.rank(request.headers.get(PRIORITY))
     if surface.local and body.has("provider"):
         plan.remove = ("provider",)
     if not TOOL_FIELDS.isdisjoint(body.keys()):

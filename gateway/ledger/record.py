@@ -49,6 +49,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
     attempts_made: tuple[Attempt, ...] = ()  # where there was more than one
     route_reason: str = ""
     limits: tuple[LimitUse, ...] = ()  # arrays: name, scope, resource, reserved, used, source
+    queued_s: float = 0.0  # of the duration: the wait for room on an upstream
 
 
 def record(exchange: Exchange) -> Record:
@@ -93,6 +94,7 @@ def record(exchange: Exchange) -> Record:
         tuple(exchange.attempts_made),
         exchange.route_reason,
         exchange.limits,
+        queued_s=_rounded(exchange.queued_s),
     )
 
 

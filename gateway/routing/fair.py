@@ -32,7 +32,7 @@ class FairQueue:
     Times are seconds of whatever clock the caller has.
     """
 
-    def __init__(self, most: int = 1000, *, input_weight: float = 1.0, output_weight: float = 2.0) -> None:
+    def __init__(self, most: int = 1000, input_weight: float = 1.0, output_weight: float = 2.0) -> None:
         self.most = most
         self.input_weight = input_weight
         self.output_weight = output_weight
@@ -78,6 +78,10 @@ class FairQueue:
                 self.leave(shed)
                 return shed
         return None
+
+    def put_back(self, turn: Turn, now: float) -> None:
+        """Let a turn that left wait again, where it stood, for other `places`."""
+        self._add(turn, self._contest(turn.places, now), lift=True)
 
     def leave(self, turn: Turn) -> bool:
         """Stop waiting; False if it did not."""
@@ -140,6 +144,11 @@ class FairQueue:
             self.leave(turn)
             found.append(turn)
         return found
+
+    def next_deadline(self) -> float | None:
+        """When the first deadline of those who wait is over; None if nobody waits."""
+        turn = self._deadlines.first()
+        return None if turn is None else turn.deadline_at
 
     # -- accounting ---------------------------------------------------------------------------------------------
 

@@ -131,9 +131,14 @@ class Gateway:
 
 @asynccontextmanager
 async def gateway(
-    *providers: Provider, limited: dict[str, frozenset[str]] | None = None, **settings: Any
+    *providers: Provider,
+    limited: dict[str, frozenset[str]] | None = None,
+    keyed: dict[str, dict[str, Any]] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Gateway]:
-    """The gateway in front of `providers`. `limited` makes further keys, by name, for the models given."""
+    """The gateway in front of `providers`. `limited` makes further keys, by name, for the models given; `keyed` makes
+    keys with these fields of their records.
+    """
     settings.setdefault("ledger", "data_dir" in settings)  # it is kept there
     settings.setdefault("store", "off")  # most journeys need none, and a server for each takes its time
     config = Config(
@@ -148,6 +153,9 @@ async def gateway(
     for name, models in {"client": None, **(limited or {})}.items():
         keys[name], record = maker.make_key(name)
         kept.append(dataclasses.replace(record, models=None if models is None else tuple(models)))
+    for name, fields in (keyed or {}).items():
+        keys[name], record = maker.make_key(name)
+        kept.append(dataclasses.replace(record, **fields))
     ring = KeyRing(config.data_dir, b"p" * 32, kept)
     with tempfile.TemporaryFile() as log:
         app = App(config, ring)
