@@ -276,7 +276,7 @@ class Dispatch:
                 again = rule.again == "anywhere"
                 self._tried, self._tier = (), 0
                 pause_s = backoff_s(exchange.attempts, random.random())  # noqa: S311
-        if again and self._dispatcher.budget.take(now):
+        if again and ((rule.gone and upstream.breaker.took(self._sent_at)) or self._dispatcher.budget.take(now)):
             self._note(outcome, now)
             return pause_s
         if not exchange.attempts_made and self._reply is not None and (self._reply.status >= 500 or outcome == "busy"):

@@ -121,6 +121,12 @@ class Breaker:
         if self.state == "half_open":
             self._trial_at = now
 
+    def took(self, sent_at: float) -> bool:
+        """Whether what was sent at `sent_at` was lost with it: it was gone then or later, and is not back. Asked again,
+        that is no more work for the fleet than it was.
+        """
+        return self.gone and self.state == "open" and sent_at <= self.changed_at
+
     # -- what became of it ------------------------------------------------------------------------------------------
 
     def succeeded(self, now: float) -> bool:

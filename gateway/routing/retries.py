@@ -2,7 +2,8 @@
 
 A prompt may be sent again as long as the client has seen nothing of an answer: it changes nothing where it was sent.
 What it costs is the fleet's time, so the times are bounded twice: for each request (`attempts`), and over all of them
-(`RetryBudget`), or a fleet that is slow because it has too much to do would be given three times as much.
+(`RetryBudget`), or a fleet that is slow because it has too much to do would be given three times as much. What an
+engine had when it died costs no budget: it is work that nobody does any more (`Breaker.took`).
 """
 
 from __future__ import annotations

@@ -49,6 +49,23 @@ async def test_an_engine_dies_and_nobody_who_had_no_answer_yet_notices(stream: b
         here.assert_idle()
 
 
+async def test_an_engine_that_dies_with_half_of_all_requests_loses_none() -> None:
+    """R4: at the worst moment, before any budget for retries has been saved."""
+    dice = random.Random(44)
+    async with engines(2) as sims, gateway(pool(sims)) as here:
+        for sim in sims:
+            sim.faults = {"first_token_s": 1.0}
+
+        async def kill() -> None:
+            await until(lambda: sum(sim.engine.running for sim in sims) == 120, what="all of them at work")
+            sims[0].kill()
+
+        outcomes, _ = await asyncio.gather(together(here, [unique(dice, max_tokens=2) for _ in range(120)]), kill())
+        assert kinds(outcomes) == {"done": 120}, failed(outcomes)[:2]
+        assert generations(sims[1]) == 120
+        here.assert_idle()
+
+
 async def test_the_last_engine_is_asked_until_it_answers() -> None:
     """R4: nobody ejects the only one there is; it answers the first request after its return."""
     async with engines(1) as sims, gateway(pool(sims)) as here:
