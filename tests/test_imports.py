@@ -114,7 +114,7 @@ PURE = (
     "sim.engine",
     "sim.text",
 )
-PURE_LIBRARIES = {"orjson", "msgspec", "multidict"}
+PURE_LIBRARIES = {"orjson", "msgspec", "multidict", "xxhash"}
 IMPURE_STANDARD = {"asyncio", "socket", "ssl", "selectors", "subprocess", "threading", "http", "urllib.request"}
 
 #: one library, one door: top-level package -> the modules (or rooms) that may import it
@@ -124,6 +124,7 @@ DOORS = {
     "aiohttp_session": ("admin",),
     "httptools": ("upstreams.connection", "sim"),
     "uvloop": ("server", "cli"),
+    "xxhash": ("routing.prefix",),
     "dotenv": ("config",),
     "joserfc": ("oidc",),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 
@@ -234,3 +235,41 @@ def test_chain_depends_on_everything_before() -> None:
     assert not set(one) & set(other)
     assert chain(list("abcdefghijklmnop" * 2), "other model")[0] != one[0]
     assert chain(list("abc")) == []
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_coarse_engine_tells_the_same_times(seed: int) -> None:
+    """First tokens, ends, cache hits and preemptions, with queues, full memory and aborts on the way."""
+    dice = random.Random(seed)
+    arrivals = []
+    at = 0.0
+    for n in range(150):
+        at += dice.expovariate(2.0)
+        text = f"talk{dice.randrange(20)}"
+        arrivals.append((at, request(str(n), dice.randrange(1, 900), dice.randrange(1, 300), text=text)))
+    aborts = sorted((at + dice.uniform(0.1, 5.0), one.id) for at, one in dice.sample(arrivals, 10))
+
+    def play(engine: Engine) -> dict[tuple[object, bool], tuple[float, int, int]]:
+        told: dict[tuple[object, bool], tuple[float, int, int]] = {}
+        happenings = sorted(
+            [(at, 0, one) for at, one in arrivals] + [(at, 1, id) for at, id in aborts], key=lambda one: one[:2]
+        )
+        for at, kind, what in [*happenings, (math.inf, 2, None)]:
+            while (now := engine.next_at) <= at and now < math.inf:
+                for event in engine.step(now):
+                    if event.generated == 1 or event.finished:
+                        told[event.id, event.finished] = (now, event.generated, event.cached_tokens)
+            if kind == 0:
+                engine.submit(what, at)  # type: ignore[arg-type]
+            elif kind == 1:
+                engine.abort(what, at)
+        return told
+
+    options = {"speed": 1.0, "blocks": dice.choice([150, 2000]), "max_sequences": dice.choice([4, 64])}
+    fine, coarse = Engine(**options), Engine(**options, coarse=True)  # type: ignore[arg-type]
+    exact, quick = play(fine), play(coarse)
+    assert exact.keys() == quick.keys()
+    for key, (now, generated, cached) in exact.items():
+        assert quick[key] == (pytest.approx(now, abs=1e-6), generated, cached)
+    assert (fine.preemptions_total, fine.prefix_cache_hits) == (coarse.preemptions_total, coarse.prefix_cache_hits)
+    assert fine.generation_tokens_total == coarse.generation_tokens_total
