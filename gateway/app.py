@@ -118,7 +118,9 @@ class App:
         )
         self.metrics.retries = lambda: self.dispatcher.retries
         self.metrics.journal = self.journal
-        self.shipper = Shipper(self.journal, self.store) if self.journal is not None else None
+        self.shipper = (
+            Shipper(self.journal, self.store, keep_bytes=config.ledger_keep_bytes) if self.journal is not None else None
+        )
         self._lag_timer: asyncio.TimerHandle | None = None
         self.reloads = Reloads()
         self.metrics.reloads = self.reloads

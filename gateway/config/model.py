@@ -243,6 +243,7 @@ class Config:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     access_log: bool = True
     ledger: bool = True
+    ledger_keep_bytes: int = 256 * 1024 * 1024  # of journals, where there is no store
     demo: Literal["auto", "on", "off"] = "auto"
     warnings: tuple[Problem, ...] = field(default=(), compare=False)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)

@@ -95,6 +95,11 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("access_log", parsing.switch, "one log line for each request"),
     _setting("ledger", parsing.switch, "keep a record of what each request used, in the data directory"),
     _setting(
+        "ledger_keep_bytes",
+        parsing.whole(1024 * 1024, 2**50),
+        "records kept one by one where there is no store; older ones are summed up by hour",
+    ),
+    _setting(
         "demo",
         parsing.choice("auto", "on", "off"),
         "the built-in demo engine; auto: if nothing else is found",

@@ -7,6 +7,7 @@
 - `recovery`  reading journals, and ending those whose process is gone
 - `totals`    sums over records; pure
 - `shipper`   from the journals into the store, each record exactly once
+- `folded`    sums of what is no longer kept record by record, without a store
 - `report`    reading: sums over a window
 - `story`     reading: one request, from its principal to its cost
 - `reconcile` the ledger against the engines' own counters

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace, data_dir: Path, store: Store | None, engines: 
         code, text = WRONG, str(error)
     except StoreAway as error:
         code, text = FAILED, f"{error}: the ledger cannot be read"
+    except ValueError as error:  # a damaged file; it names it
+        code, text = FAILED, str(error)
     except ImportError:
         code, text = FAILED, "parquet needs pyarrow: install local-llm-gateway[parquet]"
     except BrokenPipeError:  # `| head`

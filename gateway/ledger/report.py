@@ -18,7 +18,7 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.ledger import frames
+from gateway.ledger import folded, frames
 from gateway.ledger.recovery import decode, entries, journals
 from gateway.ledger.shipper import CALL_S, HOURS_KEPT_S, day_key, hour_key, marks_key, sums_of
 from gateway.ledger.totals import COUNTS, DAY_S, DIMENSIONS, HOUR_S, TIMES, Totals, add, hours_and_days, merge, rows
@@ -108,14 +108,15 @@ async def usage(root: Path, store: Store | None, window: Window, *, key: str | N
     used. Raises StoreAway.
     """
     local = await asyncio.to_thread(_local, root, window)
-    found: Totals = {}
+    folds = await asyncio.to_thread(folded.read, root)
+    found = folds.totals(window.since, window.until)
     marks: Mapping[str, int] = {}
     if store is not None:
         hours, days = hours_and_days(window.since, window.until, by_hour="hour" in window.by)
         busy = {int(record.at) // size * size for _, _, record in local for size in (HOUR_S, DAY_S)}
         marks = await _sums(store, hours, days, busy, found)
     for journal, position, record in local:
-        if position > marks.get(journal, 0):
+        if position > max(marks.get(journal, 0), folds.marks.get(journal, 0)):
             add(found, record)
     if key is not None:
         found = {place: sums for place, sums in found.items() if place.key == key}

@@ -9,8 +9,8 @@ where it can (WAITAOF), says that the mark is on its disk: the mark is written o
 with a write is synced with all before it. One that forgot its last seconds, or whose replica took over without them,
 gets them again.
 
-While the store is away everything waits on disk; memory holds one batch. Without a store only what dead processes left
-behind is ended, and the journals are the ledger.
+While the store is away everything waits on disk; memory holds one batch. Without a store what dead processes left
+behind is ended, the journals are the ledger, and the oldest beyond `keep_bytes` is folded into sums (`folded`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from gateway.ledger import frames
+from gateway.ledger import folded, frames
 from gateway.ledger.recovery import GATEWAY_ENDED, Adopted, adopt, decode, entries
 from gateway.ledger.totals import DAY_S, SUMS, Place, Sums, Totals, add, merge
 from gateway.store.client import StoreAway
@@ -47,6 +47,8 @@ CALL_S: Final = 5.0
 SYNC_S: Final = 2.0
 #: the store did not sync so many times in a row: it never does (appendfsync no), and its operator knows
 UNSYNCED_MAX: Final = 10
+#: of records one by one, without a store: a few hundred thousand
+KEEP_BYTES: Final = 256 * 1024 * 1024
 STREAM_MAX: Final = 100_000  # raw records kept
 HOURS_KEPT_S: Final = 100 * DAY_S
 SEPARATOR: Final = "\x1f"
@@ -126,10 +128,13 @@ class _Source:
 class Shipper:
     """Ships this process's journal, and those of processes that are gone. `start` needs the running loop."""
 
-    def __init__(self, journal: Journal, store: Store | None, *, grace_s: float = GRACE_S) -> None:
+    def __init__(
+        self, journal: Journal, store: Store | None, *, grace_s: float = GRACE_S, keep_bytes: int = KEEP_BYTES
+    ) -> None:
         self._journal = journal
         self._store = store
         self._grace_s = grace_s
+        self._keep_bytes = keep_bytes
         self._own = _Source(journal.folder)
         self._adopted: list[_Source] = []
         self._adopt_at = 0.0
@@ -138,6 +143,8 @@ class Shipper:
         self.shipped = 0  # records
 
     def start(self) -> None:
+        if self._store is None:
+            (self._journal.folder / folded.ALONE).touch()
         self._task = asyncio.create_task(self._run(), name="ledger shipper")
 
     async def stop(self) -> None:
@@ -169,6 +176,8 @@ class Shipper:
             self._adopt_at = now + ADOPT_EVERY_S
             for adopted in await asyncio.to_thread(_adopt, self._journal.root):
                 self._adopted.append(_Source(adopted.folder, adopted))
+            if self._store is None:
+                await asyncio.to_thread(self._fold)
         if self._store is None or not self._store.up:
             return
         if self._journal.position != self._own.read:
@@ -178,6 +187,35 @@ class Shipper:
             await self._ship(source)
             if await self._remove(source):
                 self._adopted.remove(source)
+
+    def _fold(self) -> None:
+        """Fold the oldest segments that this process may, until all journals together are small enough."""
+        root = self._journal.root
+        over_bytes = folded.size_bytes(root) - self._keep_bytes
+        if over_bytes <= 0:
+            return
+        writing = frames.segment_of(self._journal.position)
+        chosen: list[tuple[Path, int]] = []
+        ended: list[_Source] = []
+        for source in (*self._adopted, self._own):  # those of the dead are the older ones
+            if not (source.folder / folded.ALONE).exists():
+                continue
+            for number, path in frames.segments(source.folder):
+                if over_bytes <= 0 or (source.adopted is None and number >= writing):
+                    break
+                chosen.append((source.folder, number))
+                over_bytes -= path.stat().st_size
+            else:
+                if source.adopted is not None:
+                    ended.append(source)
+        if not chosen:
+            return
+        count = folded.fold(root, chosen, int(time()) - HOURS_KEPT_S)
+        for source in ended:
+            assert source.adopted is not None
+            source.adopted.remove()
+            self._adopted.remove(source)
+        _log.info("%d records of %d journal segments were summed up by hour and are no longer kept", count, len(chosen))
 
     async def _ship_quietly(self, source: _Source) -> None:
         with contextlib.suppress(StoreAway, OSError):  # it is on disk: the next start ships it
@@ -281,8 +319,9 @@ def _adopt(root: Path) -> list[Adopted]:
     found = []
     for adopted in adopt(root):
         try:
+            folded.trim(root, adopted.folder)
             adopted.finish()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             _log.error("the journal %s cannot be recovered now: %s", adopted.folder.name, error)
             adopted.release()
         else:
