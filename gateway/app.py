@@ -21,6 +21,7 @@ from gateway.config import Config
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.exchange import Exchange
 from gateway.fleet.drains import Drains
+from gateway.fleet.names import Names
 from gateway.fleet.reload import Reloads
 from gateway.handlers import local, openai
 from gateway.handlers.dispatch import Dispatcher
@@ -100,6 +101,8 @@ class App:
         self.draining = False
         self.ready_asked_at: float | None = None  # when somebody last asked whether to send requests here
         self.drains = Drains(self.catalog, self.store)
+        self.names = Names(self.catalog, self.prober.wake)
+        self.metrics.names = self.names
         self.journal = Journal(config.data_dir / "journal") if config.ledger else None
         self.gate = Gate(
             FairQueue(config.queue_max, config.queue_input_weight, config.queue_output_weight),
@@ -163,6 +166,7 @@ class App:
         self.catalog.configure(config.providers)
         for upstream in set(self.catalog.upstreams) ^ known:
             _log.info("upstream %s is %s", upstream.name, "removed" if upstream in known else "new")
+        self.names.follow(config.dns_refresh_s, config.dns_server)
         self.prober.wake()
         self.limiter.revise(config.limits, config.limits_share)
         self.failures.revise(config.auth_failures_per_min)
@@ -248,6 +252,7 @@ class App:
         await self.drains.start()
         self.transport.start()
         await self.control.start()
+        await self.names.start(self.config.dns_refresh_s, self.config.dns_server)
         await self.prober.probe_due()
         self.catalog.rebuild()
         self.prober.start()
@@ -316,6 +321,7 @@ class App:
             found.append(self.tokens.signers.trouble)
         if self.reloads.trouble:
             found.append(self.reloads.trouble)
+        found += self.names.troubles
         return found
 
     def _lag(self, due_at: float = 0.0) -> None:

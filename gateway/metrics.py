@@ -30,6 +30,7 @@ from gateway.routing.fair import PRIORITIES
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
+    from gateway.fleet.names import Names
     from gateway.fleet.reload import Reloads
     from gateway.ledger.journal import Journal
     from gateway.limits.limiter import Limiter
@@ -163,6 +164,7 @@ class Metrics(Collector):
         self.log_dropped: Callable[[], int] = int
         self.limiter: Limiter | None = None
         self.reloads: Reloads | None = None
+        self.names: Names | None = None
         self.auth_failures: dict[str, int] = {}  # by reason
         registry.register(self)
         ProcessCollector(registry=registry)
@@ -259,6 +261,8 @@ class Metrics(Collector):
             yield from _journal_families(self.journal)
         if self.reloads is not None:
             yield from _reload_families(self.reloads)
+        if self.names is not None and self.names.known:
+            yield from _name_families(self.names)
         if self.limiter is not None:
             yield from _limit_families(self.limiter)
         if self.store is not None:
@@ -373,6 +377,16 @@ def _reload_families(reloads: Reloads) -> Iterator[Metric]:
         "0 if the configuration as it stands on disk was refused.",
         value=int(not reloads.trouble),
     )
+
+
+def _name_families(names: Names) -> Iterator[Metric]:
+    lookups = CounterMetricFamily("gateway_name_lookups", "Look-ups of an upstream's name.", labels=["name", "result"])
+    hosts = GaugeMetricFamily("gateway_name_hosts", "Hosts behind a name, by its last good answer.", labels=["name"])
+    for lookup, known in names.known.items():
+        lookups.add_metric([str(lookup), "answered"], known.answered)
+        lookups.add_metric([str(lookup), "failed"], known.failed)
+        hosts.add_metric([str(lookup)], len(known.hosts))
+    yield from (lookups, hosts)
 
 
 def _limit_families(limiter: Limiter) -> Iterator[Metric]:

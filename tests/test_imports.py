@@ -126,6 +126,7 @@ DOORS = {
     "uvloop": ("server", "cli"),
     "xxhash": ("routing.prefix",),
     "dotenv": ("config",),
+    "dns": ("fleet.names",),
     "joserfc": ("oidc",),
 }
 
