@@ -13,7 +13,7 @@ import orjson
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from gateway.errors import GatewayError, render
+from gateway.errors import GatewayError, render, render_event
 from gateway.exchange import Exchange
 
 STATUS_LINES: Final[dict[int, bytes]] = {
@@ -108,3 +108,42 @@ def send_error(
         headers.append(("WWW-Authenticate", "Bearer"))
     body = render(error) if exchange is None else render(error, exchange.family, exchange.id)
     return send(request, body, error.status, tuple(headers), close=close)
+
+
+# -- streams that the gateway begins itself, because the answer is not there yet -----------------------------------
+
+
+def send_comment(request: web.BaseRequest, exchange: Exchange, text: bytes = b"waiting") -> None:
+    """A comment in the stream of events that the client asked for; the first one commits to the stream's head."""
+    transport = request.transport
+    if transport is None or transport.is_closing():
+        return
+    chunked = request.version >= HttpVersion11
+    line = b": %b\n\n" % text
+    if chunked:
+        line = b"%x\r\n%b\r\n" % (len(line), line)
+    if not exchange.head_sent:
+        exchange.head_sent = True
+        line = b"%b%bContent-Type: text/event-stream; charset=utf-8\r\nX-Request-Id: %b\r\n%b%b%b\r\n%b" % (
+            status_line(200),
+            _FIXED,
+            exchange.id.encode(),
+            exchange.headers,
+            connection_line(request, bool(request.keep_alive) and chunked),
+            b"Transfer-Encoding: chunked\r\n" if chunked else b"",
+            line,
+        )
+    transport.write(line)
+
+
+def send_last_event(request: web.BaseRequest, error: GatewayError, exchange: Exchange) -> Sent:
+    """End a stream that had nothing but comments with the family's error event: its client was told 200, and waits."""
+    event = render_event(error, exchange.family, exchange.id)
+    transport = request.transport
+    if transport is not None:
+        if request.version >= HttpVersion11:
+            transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+        else:
+            transport.write(event)
+    exchange.response_bytes = len(event)
+    return SENT_CLOSE

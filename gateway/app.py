@@ -32,6 +32,7 @@ from gateway.handlers.proxy import Proxy
 from gateway.handlers.relay import settle_usage
 from gateway.handlers.resolve import BodyLimits
 from gateway.handlers.system import Exposition, Live, Ready
+from gateway.handlers.waiting import Comments
 from gateway.identity.book import KeyBook
 from gateway.identity.failures import Failures
 from gateway.identity.keys import KeyRing
@@ -110,6 +111,7 @@ class App:
             {tenant.group: tenant.weight for tenant in config.tenants},
         )
         self.metrics.queue = self.gate.series
+        self.comments = Comments(config.comment_s)
         self.dispatcher = Dispatcher(
             self.transport,
             self.journal.open if self.journal is not None else None,
@@ -204,7 +206,15 @@ class App:
         for path, surface in {**openai.SURFACES, **local.SURFACES}.items():
             reject = config.tools_unsupported == "reject"
             routes[path] = {
-                "POST": Proxy(surface, self.catalog, self.dispatcher, limits, self.limiter, reject_tools=reject)
+                "POST": Proxy(
+                    surface,
+                    self.catalog,
+                    self.dispatcher,
+                    limits,
+                    self.limiter,
+                    comments=self.comments,
+                    reject_tools=reject,
+                )
             }
         routes |= admin_keys.routes(self.keys)
         routes |= admin_upstreams.routes(self.catalog, self.drains)

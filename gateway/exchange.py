@@ -60,12 +60,14 @@ class Exchange:
         "began_at",
         "began_unix_s",
         "body",
+        "commented_at",
         "committed",
         "cost",
         "ended_at",
         "error",
         "family",
         "first_byte_at",
+        "head_sent",
         "headers",
         "id",
         "key",
@@ -127,6 +129,9 @@ class Exchange:
         self.attempts_made: Sequence[Attempt] = ()
         self.route_reason = ""  # why this upstream, in one word
         self.committed = False  # bytes of an answer went to the client: no error can be rendered any more
+        #: a stream's head and comments went to the client while it waited, nothing of an answer: errors are events
+        self.head_sent = False
+        self.commented_at = 0.0  # last of them, or the beginning of the wait
         self.meter: Meter | None = None
         self.usage: Usage | None = None
         self.price: Price | None = None  # of the model at the upstream that answers

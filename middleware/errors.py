@@ -7,7 +7,7 @@ import logging
 
 from aiohttp import web
 
-from gateway.answer import EXCHANGE, SENT_CLOSE, send_error
+from gateway.answer import EXCHANGE, SENT_CLOSE, send_error, send_last_event
 from gateway.errors import GatewayError
 from gateway.log import trace
 from middleware import Handler
@@ -36,8 +36,10 @@ class Errors:
             if request.transport is not None:
                 request.transport.abort()
             return SENT_CLOSE
-        exchange.status = known.status
+        exchange.status = known.status  # what it came to, also where the client has been told 200 and to wait
         if exchange.outcome == "ok":
             exchange.outcome = "upstream_error" if known.blame == "upstream" else "refused"
+        if exchange.head_sent:
+            return send_last_event(request, known, exchange)
         # A body that nobody read would be taken for the next request; aiohttp lingers on it, we close.
         return send_error(request, known, exchange, close=not request.content.is_eof())

@@ -15,6 +15,7 @@ from gateway.handlers.admission import admit
 from gateway.handlers.dispatch import Dispatcher
 from gateway.handlers.relay import relay, relay_whole
 from gateway.handlers.resolve import BodyLimits, read_body, read_now, resolve
+from gateway.handlers.waiting import Comments, unfit
 
 if TYPE_CHECKING:
     from gateway.limits.limiter import Limiter
@@ -49,6 +50,7 @@ class Proxy:
         limits: BodyLimits,
         limiter: Limiter,
         *,
+        comments: Comments | None = None,
         reject_tools: bool = False,
     ) -> None:
         self._surface = surface
@@ -56,6 +58,7 @@ class Proxy:
         self._dispatcher = dispatcher
         self._limits = limits
         self._limiter = limiter
+        self._comments = comments or Comments(0)
         self._reject_tools = reject_tools
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -73,7 +76,16 @@ class Proxy:
         waiting = admit(self._limiter, exchange, plan)
         if waiting is not None:
             await waiting
-        async with self._dispatcher.dispatch(exchange, plan) as reply:
-            if reply.complete:
-                return relay_whole(request, exchange, reply, plan.strip_usage)
-            return await relay(request, exchange, reply, plan.strip_usage)
+        commented = self._comments.begin(request, exchange, plan)
+        try:
+            async with self._dispatcher.dispatch(exchange, plan) as reply:
+                if commented:
+                    self._comments.end(exchange)
+                    if exchange.head_sent and (error := unfit(exchange, reply)) is not None:
+                        raise error
+                if reply.complete and not exchange.head_sent:
+                    return relay_whole(request, exchange, reply, plan.strip_usage)
+                return await relay(request, exchange, reply, plan.strip_usage)
+        finally:
+            if commented:
+                self._comments.end(exchange)

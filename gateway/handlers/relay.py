@@ -118,7 +118,8 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
         keep_alive = False
     head = _head(exchange, reply.status, fields, keep_alive, request, framing)
     exchange.committed = True
-    transport.write(head)
+    if not exchange.head_sent:  # while the client waited
+        transport.write(head)
 
     feed = meter.feed
     write = transport.write
