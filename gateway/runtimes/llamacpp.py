@@ -4,11 +4,19 @@
 key. The connection is closed after every streamed answer, though the headers promise keep-alive; otherwise
 after 5 s.
 
+`/props` has `total_slots`, and wakes no model that sleeps; `/v1/models` has `meta.n_ctx`, which is one slot's.
+
 The last chunk of each choice carries `timings`, with the counts of a usage, unless usage was asked for: then they move
 to usage chunks (one for each choice, too). So nothing is asked for, and the client gets its stream byte for byte.
 """
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models
+from gateway.runtimes.runtime import (
+    OPENAI_PATHS,
+    Runtime,
+    parse_llamacpp_props,
+    parse_openai_models,
+    parse_openai_windows,
+)
 
 LLAMACPP = Runtime(
     name="llamacpp",
@@ -17,6 +25,9 @@ LLAMACPP = Runtime(
     health_path="/health",
     models_path="/v1/models",
     parse_models=parse_openai_models,
+    parse_windows=parse_openai_windows,
+    details_path="/props",
+    parse_details=parse_llamacpp_props,
     paths=OPENAI_PATHS,
     inject_usage=False,
     idle_s=5.0,

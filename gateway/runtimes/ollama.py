@@ -1,13 +1,13 @@
 """Ollama: its OpenAI side and its native API. https://docs.ollama.com/api
 
 There is no `/health` (404); `/api/version` is free and loads no model. `/api/tags` lists names with their tag
-("smol:latest"), though "smol" is accepted. `/api/delete` is a DELETE with a JSON body. An idle connection
-was still open after 12 s.
+("smol:latest"), though "smol" is accepted; `/api/ps` lists those in memory, and loads none. `/api/delete` is a DELETE
+with a JSON body. An idle connection was still open after 12 s.
 """
 
 from types import MappingProxyType
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_ollama_models
+from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_ollama_models, parse_ollama_ps
 
 OLLAMA = Runtime(
     name="ollama",
@@ -16,6 +16,8 @@ OLLAMA = Runtime(
     health_path="/api/version",
     models_path="/api/tags",
     parse_models=parse_ollama_models,
+    details_path="/api/ps",
+    parse_details=parse_ollama_ps,
     paths=MappingProxyType({**OPENAI_PATHS, "ollama_chat": "/api/chat", "ollama_list": "/api/tags"}),
     inject_usage=True,
     idle_s=12.0,

@@ -4,7 +4,7 @@ Only the model list is sure to exist, so it serves as the health door, and the s
 assumed. https://platform.openai.com/docs/api-reference
 """
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models
+from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models, parse_openai_windows
 
 OPENAI = Runtime(
     name="openai",
@@ -13,6 +13,7 @@ OPENAI = Runtime(
     health_path="/v1/models",
     models_path="/v1/models",
     parse_models=parse_openai_models,
+    parse_windows=parse_openai_windows,
     paths=OPENAI_PATHS,
     inject_usage=True,
     idle_s=5.0,

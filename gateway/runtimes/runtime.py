@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeGuard
 
 import orjson
 
@@ -20,6 +20,14 @@ OPENAI_PATHS: Final[Mapping[str, str]] = MappingProxyType(
         "embeddings": "/v1/embeddings",
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What a runtime says of itself besides its models; None where it does not say."""
+
+    slots: int | None = None  # requests it runs at once
+    loaded: frozenset[str] | None = None  # models that are in memory now
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +51,11 @@ class Runtime:
     inject_usage: bool
     #: the runtime closes a kept-alive connection that was idle for this long; ours must be closed earlier
     idle_s: float
+    #: tokens a model can take, by name, where the body of `models_path` tells
+    parse_windows: Callable[[bytes], Mapping[str, int]] = lambda body: {}
+    #: a further free door, "" if there is none, and what its body tells; raises ValueError if it tells nothing
+    details_path: str = ""
+    parse_details: Callable[[bytes], Details] = lambda body: Details()
     #: operation -> path of model management; apart from `paths`, so that no prompt route can ever name one
     manage: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -74,9 +87,40 @@ def parse_openai_models(body: bytes) -> tuple[str, ...]:
     return _names(body, "data", "id")
 
 
+def parse_openai_windows(body: bytes) -> dict[str, int]:
+    """Context windows in an OpenAI list: vLLM's `max_model_len`, llama.cpp's `meta.n_ctx` (of one slot)."""
+    document = orjson.loads(body)
+    entries = document.get("data") if isinstance(document, dict) else document
+    found = {}
+    for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+            continue
+        meta = entry.get("meta")
+        window = entry.get("max_model_len") or (meta.get("n_ctx") if isinstance(meta, dict) else None)
+        if _is_count(window):
+            found[entry["id"]] = window
+    return found
+
+
 def parse_ollama_models(body: bytes) -> tuple[str, ...]:
     """Model names of Ollama's `GET /api/tags`: `{"models": [{"name": "smol:latest"}]}`; null if none."""
     return _names(body, "models", "name")
+
+
+def parse_llamacpp_props(body: bytes) -> Details:
+    """llama.cpp's `GET /props`. A router of several models has no slots of its own."""
+    document = orjson.loads(body)
+    slots = document.get("total_slots") if isinstance(document, dict) else None
+    return Details(slots=slots if _is_count(slots) else None)
+
+
+def parse_ollama_ps(body: bytes) -> Details:
+    """Ollama's `GET /api/ps`: the models in memory."""
+    return Details(loaded=frozenset(_names(body, "models", "name")))
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**40
 
 
 def _names(body: bytes, list_key: str, name_key: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@
 loads (half a minute and more) nothing listens at all. Idle connections are closed after exactly 5.0 s.
 """
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models
+from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models, parse_openai_windows
 
 VLLM = Runtime(
     name="vllm",
@@ -13,6 +13,7 @@ VLLM = Runtime(
     health_path="/health",
     models_path="/v1/models",
     parse_models=parse_openai_models,
+    parse_windows=parse_openai_windows,
     paths=OPENAI_PATHS,
     inject_usage=True,
     idle_s=5.0,

@@ -19,6 +19,7 @@ import aiohttp
 import orjson
 
 from gateway.errors import UpstreamError, UpstreamUnreachable
+from gateway.runtimes.runtime import Details
 from gateway.upstreams.reasons import FOREIGN, TooLarge, error_text, explain
 from gateway.upstreams.upstream import Health, Upstream
 
@@ -27,6 +28,8 @@ BODY_MAX_BYTES: Final = 8 * 1024 * 1024
 #: Runtimes on uvicorn and llama.cpp close idle connections after 5 s; a shorter life avoids the race.
 _IDLE_S: Final = 3.0
 _FETCH_S: Final = 5.0
+#: what a probe spends on more than health
+DETAILS_S: Final = 0.5
 _JSON: Final = {"Content-Type": "application/json"}
 
 
@@ -215,7 +218,23 @@ class Control:
                 kind, reason = explain(error, self.timeout_s)
                 gone = kind is UpstreamUnreachable
                 upstream.health = Health("unreachable", reason, None, self.clock(), gone)
+            else:
+                await self._learn(upstream)
             return upstream.health
+
+    async def _learn(self, upstream: Upstream) -> None:
+        """Hear what the runtime says of itself at its further door. Its health does not depend on that."""
+        runtime = upstream.runtime
+        if not runtime.details_path:
+            return
+        try:
+            async with asyncio.timeout(DETAILS_S):
+                answer = await self._ask(upstream, runtime.details_path)
+            details = runtime.parse_details(answer.body) if answer.status == 200 else Details()
+        except (*FOREIGN, ValueError):
+            return  # as it was
+        upstream.slots = details.slots
+        upstream.loaded = details.loaded or frozenset()
 
     async def _visit(self, upstream: Upstream) -> tuple[str, float]:
         """What is wrong with an upstream that answers ("" if nothing), and the slower of its two round
@@ -235,6 +254,7 @@ class Control:
             return wrong, latency_s
         try:
             upstream.models = runtime.parse_models(listed.body)
+            upstream.windows = runtime.parse_windows(listed.body)
         except ValueError as error:
             return str(error), latency_s
         if not upstream.models:

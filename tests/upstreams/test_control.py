@@ -24,6 +24,7 @@ VLLM = {("GET", "/health"): load("vllm/01-health"), ("GET", "/v1/models"): load(
 LLAMACPP = {
     ("GET", "/health"): load("llama-server/01-health"),
     ("GET", "/v1/models"): load("llama-server/02-models"),
+    ("GET", "/props"): load("llama-server/03-props"),
 }
 OLLAMA = {("GET", "/api/version"): load("ollama/o02-version"), ("GET", "/api/tags"): load("ollama/o03-tags")}
 LITELLM = {
@@ -72,9 +73,43 @@ async def test_probe_of_a_recorded_runtime(control, runtime, routes, models) -> 
     assert 0 < health.latency_s < 1
     assert health.checked_at == pytest.approx(control.clock(), abs=1)
     assert upstream.models == models
-    # two free doors, and nothing else was touched
-    assert {(seen.method, seen.path) for seen in replay.seen} == set(routes)
-    assert len(replay.seen) == 2
+    # free doors, once each, and nothing else was touched
+    further = {"ollama": [("GET", "/api/ps")]}.get(runtime, [])
+    assert sorted((seen.method, seen.path) for seen in replay.seen) == sorted([*routes, *further])
+
+
+async def test_what_runtimes_say_of_themselves_is_kept(control) -> None:
+    async with Replay(VLLM) as replay:
+        await control.probe(upstream := at(replay.url))
+        assert (upstream.windows, upstream.slots, upstream.loaded) == ({"smol": 512}, None, frozenset())
+    async with Replay(LLAMACPP) as replay:
+        await control.probe(upstream := at(replay.url, "llamacpp"))
+        assert (upstream.windows, upstream.slots) == ({"smol": 2048}, 4)
+    running = b'{"models":[{"name":"smol:latest","model":"smol:latest","size":1,"digest":"","size_vram":1}]}'
+    async with Replay({**OLLAMA, ("GET", "/api/ps"): answer("200 OK", running)}) as replay:
+        await control.probe(upstream := at(replay.url, "ollama"))
+        assert upstream.loaded == {"smol:latest"}
+        replay.routes[("GET", "/api/ps")] = answer("200 OK", b'{"models":[]}')
+        await control.probe(upstream)
+        assert upstream.loaded == frozenset()
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"total_slots": -1}', b'{"total_slots": true}'])
+async def test_nonsense_at_the_further_door_is_no_matter_of_health(control, body) -> None:
+    async with Replay({**LLAMACPP, ("GET", "/props"): answer("200 OK", body)}) as replay:
+        upstream = at(replay.url, "llamacpp")
+        assert (await control.probe(upstream)).status == "ok"
+        assert upstream.slots is None
+
+
+async def test_a_further_door_that_hangs_costs_a_moment_and_changes_nothing(control, monkeypatch) -> None:
+    monkeypatch.setattr(control_module, "DETAILS_S", 0.05)
+    async with Replay(LLAMACPP) as replay:
+        await control.probe(upstream := at(replay.url, "llamacpp"))
+        assert upstream.slots == 4
+        replay.routes[("GET", "/props")] = [Recording(b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", b"{")]
+        assert (await control.probe(upstream)).status == "ok"
+        assert upstream.slots == 4
 
 
 async def test_probe_asks_plainly(control) -> None:
