@@ -24,6 +24,7 @@ from gateway.fleet.drains import Drains
 from gateway.fleet.names import Names
 from gateway.fleet.reload import Reloads
 from gateway.handlers import local, openai
+from gateway.handlers.continuation import Continuations
 from gateway.handlers.dispatch import Dispatcher
 from gateway.handlers.gate import Gate
 from gateway.handlers.ollama import Ollama
@@ -122,6 +123,8 @@ class App:
             doubted=self.prober.doubt,
         )
         self.metrics.retries = lambda: self.dispatcher.retries
+        self.continuations = Continuations(config.continue_streams)
+        self.metrics.continued = self.continuations.counts
         self.metrics.journal = self.journal
         self.shipper = (
             Shipper(self.journal, self.store, keep_bytes=config.ledger_keep_bytes) if self.journal is not None else None
@@ -176,6 +179,7 @@ class App:
             self.keys.ring.configure(config.api_keys)
         self.transport.idle_s = config.upstream_idle_s
         self.dispatcher.attempts = config.attempts
+        self.continuations.enabled = config.continue_streams
         self.dispatcher.budget.part = config.retry_budget
         logging.getLogger("gateway").setLevel(config.log_level.upper())
         if config.access_log != before.access_log:
@@ -212,6 +216,7 @@ class App:
                     self.dispatcher,
                     limits,
                     self.limiter,
+                    self.continuations,
                     comments=self.comments,
                     reject_tools=reject,
                 )

@@ -9,7 +9,7 @@ Bodies: OpenAI `{"error": {"message", "type", "param", "code"}}`; Ollama `{"erro
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import orjson
 
@@ -48,6 +48,11 @@ class GatewayError(Exception):
             self.status = status
         self.retry_after_s = retry_after_s
         self.headers = headers
+
+    @property
+    def retry(self) -> bool:
+        """Whether the same request may do better when it is sent again."""
+        return self.blame != "client" and self.code != "upstream_total_timeout"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.status} {self.code}: {self.message}>"
@@ -151,6 +156,13 @@ class UpstreamGarbled(UpstreamBroken):
     word = "garbled"
 
 
+class UpstreamInterrupted(UpstreamError):
+    """The upstream reported its own failure inside its stream; `rest` came before that, and is not sent on yet."""
+
+    code = "upstream_stream_error"
+    rest = b""
+
+
 class UpstreamTimeout(UpstreamError):
     status, code = 504, "upstream_timeout"
 
@@ -174,33 +186,40 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def render(error: GatewayError, family: Family = "openai", request_id: str = "") -> bytes:
-    """The JSON body of `error` in the client's API family, without a trailing newline."""
+def render(
+    error: GatewayError, family: Family = "openai", request_id: str = "", used: tuple[int, int] | None = None
+) -> bytes:
+    """The JSON body of `error` in the client's API family, without a trailing newline.
+
+    `used`: tokens of the prompt and of the answer so far, for an answer that had begun; then it is also said whether
+    the same request may do better when it is sent again (`retry`).
+    """
     if family == "ollama":
-        return orjson.dumps({"error": error.message})
+        if used is None:
+            return orjson.dumps({"error": error.message})
+        counts = {"prompt_eval_count": used[0], "eval_count": used[1]}
+        return orjson.dumps({"error": error.message, "retry": error.retry, **counts})
     if family == "anthropic":
         kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
-        return orjson.dumps(
-            {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
-        )
-    return orjson.dumps(
-        {
-            "error": {
-                "message": error.message,
-                "type": error.type,
-                "param": error.param,
-                "code": error.code,
-            }
-        }
-    )
+        inner: dict[str, Any] = {"type": kind, "message": error.message}
+        if used is not None:
+            inner |= {"retry": error.retry, "usage": {"input_tokens": used[0], "output_tokens": used[1]}}
+        return orjson.dumps({"type": "error", "error": inner, "request_id": request_id})
+    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    if used is not None:
+        counts = {"prompt_tokens": used[0], "completion_tokens": used[1], "total_tokens": sum(used)}
+        inner |= {"retry": error.retry, "usage": counts}
+    return orjson.dumps({"error": inner})
 
 
-def render_event(error: GatewayError, family: Family = "openai", request_id: str = "") -> bytes:
+def render_event(
+    error: GatewayError, family: Family = "openai", request_id: str = "", used: tuple[int, int] | None = None
+) -> bytes:
     """The error as the last event of a stream that has begun: an SSE event, or one NDJSON line for Ollama.
 
     Never followed by `[DONE]`: a client must not take a broken answer for a finished one.
     """
-    body = render(error, family, request_id)
+    body = render(error, family, request_id, used)
     if family == "ollama":
         return body + b"\n"
     if family == "anthropic":

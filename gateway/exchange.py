@@ -7,7 +7,7 @@ are monotonic seconds (`loop.time()`); `began_unix_s` is wall time, for the reco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # the record names these, and imports none of them
     from gateway.limits.limiter import Taken
     from gateway.wire.body import Body
     from gateway.wire.usage import Meter
+
+#: English text and JSON run at about four bytes a token.
+_BYTES_PER_TOKEN: Final = 4
 
 #: What became of the request. "ok": the upstream's answer reached the client whole (4xx of the upstream included).
 #: "client_gone": recorded as status 499. "partial": the answer had begun and was cut.
@@ -62,6 +65,7 @@ class Exchange:
         "body",
         "commented_at",
         "committed",
+        "continued",
         "cost",
         "ended_at",
         "error",
@@ -128,6 +132,7 @@ class Exchange:
         #: those that failed, in order, and then the one that answered; empty if the first did
         self.attempts_made: Sequence[Attempt] = ()
         self.route_reason = ""  # why this upstream, in one word
+        self.continued = 0  # times another upstream went on with the answer
         self.committed = False  # bytes of an answer went to the client: no error can be rendered any more
         #: a stream's head and comments went to the client while it waited, nothing of an answer: errors are events
         self.head_sent = False
@@ -143,6 +148,11 @@ class Exchange:
         self.remote = ""
         self.request_bytes = 0
         self.response_bytes = 0
+
+    @property
+    def prompt_estimate(self) -> int:
+        """The prompt's tokens where nobody counted them."""
+        return self.request_bytes // _BYTES_PER_TOKEN
 
     def __repr__(self) -> str:
         where = f" -> {self.provider}/{self.model}" if self.model else ""

@@ -12,7 +12,7 @@ models, providers, key-independent; whatever a client invents is counted under "
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import (
@@ -159,6 +159,7 @@ class Metrics(Collector):
         self.store: StoreSeries | None = None  # none without a store
         # asked at scrape time: whoever counts these sets them
         self.retries: Callable[[], int] = int
+        self.continued: Mapping[str, int] = {}
         self.journal: Journal | None = None
         self.queue: QueueSeries | None = None
         self.log_dropped: Callable[[], int] = int
@@ -242,6 +243,14 @@ class Metrics(Collector):
             "gateway_upstream_retries", "Requests sent again because an upstream failed before it answered.",
             value=self.retries(),
         )  # fmt: skip
+        continued = CounterMetricFamily(
+            "gateway_streams_continued",
+            "Streams whose engine failed in the middle: another joined in, all but their end was there, or not.",
+            labels=["outcome"],
+        )
+        for outcome, count in self.continued.items():
+            continued.add_metric([outcome], count)
+        yield continued
         yield CounterMetricFamily(
             "gateway_log_lines_dropped",
             "Request log lines lost because nobody read them.",

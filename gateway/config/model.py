@@ -82,7 +82,7 @@ class Model:
     """`name` is what the upstream is asked for (`apiName`); `aliases` are further names clients may use.
 
     `fallbacks` name the models, or aliases, that are asked when no host of this one can answer, first one first; then
-    theirs.
+    theirs. `continues`: whether its engines can go on with an answer that another began; None: as the runtime does.
     """
 
     name: str
@@ -92,6 +92,7 @@ class Model:
     context_window: int | None = None  # tokens
     price: Price | None = None
     fallbacks: tuple[str, ...] = ()
+    continues: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +239,7 @@ class Config:
     upstream_idle_s: float = 4.0
     attempts: int = 3  # upstreams that one request may be sent to, the first included
     retry_budget: float = 0.1  # part of the requests that may be sent once more
+    continue_streams: bool = True
     shutdown_s: float = 30.0
     drain_notice_s: float = 5.0  # a part of it, in which requests are still taken
     log_level: Literal["debug", "info", "warning", "error"] = "info"

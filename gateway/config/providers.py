@@ -3,7 +3,7 @@
     [{"provider": "LocalVLLM", "baseUrl": "http://localhost:8000/v1", "apiKey": "",
       "models": [{"apiName": "deepseek-r1-distill-qwen-7b", "uiName": "R1 7B", "supportsTools": false,
                   "aliases": ["r1"], "contextWindow": 32768, "price": {"input": 0.1, "output": 0.4},
-                  "fallbacks": ["qwen3-32b"]}],
+                  "fallbacks": ["qwen3-32b"], "continue": "auto"}],
       "baseUrls": ["http://gpu1:8000/v1", "dns+http://workers.internal:8000/v1", "srv+http://_llm._tcp.internal/v1"],
       "baseUrlsFile": "/run/hosts.json", "runtime": "vllm", "weight": 1,
       "maxInFlight": 32,
@@ -43,7 +43,16 @@ _PROVIDER_KEYS: Final = (
     "maxInFlight",
     "timeouts",
 )
-_MODEL_KEYS: Final = ("apiName", "uiName", "supportsTools", "aliases", "contextWindow", "price", "fallbacks")
+_MODEL_KEYS: Final = (
+    "apiName",
+    "uiName",
+    "supportsTools",
+    "aliases",
+    "contextWindow",
+    "price",
+    "fallbacks",
+    "continue",
+)
 _PRICE_KEYS: Final = ("input", "cachedInput", "output", "gpuSecond")
 _TIMEOUT_KEYS: Final = ("connect", "firstByte", "idle", "total")
 
@@ -274,6 +283,7 @@ class Reader(Report):
             entry.take("contextWindow", parsing.whole(1, 2**40), None),
             self._price(entry),
             self._fallbacks(entry),
+            entry.take("continue", _on_off_auto, None),
         )
 
     def _fallbacks(self, entry: Entry) -> tuple[str, ...]:
@@ -320,6 +330,14 @@ def native_root(url: str) -> str:
     """Ollama's own root: "http://h:11434/api/" and "http://h:11434/v1" -> "http://h:11434"."""
     url = url.rstrip("/")
     return url.removesuffix("/api").removesuffix("/v1").rstrip("/")
+
+
+def _on_off_auto(raw: object) -> bool | None:
+    if raw == "auto":
+        return None
+    if isinstance(raw, bool):
+        return raw
+    raise Refused('must be true, false or "auto"')
 
 
 def _runtime(raw: object) -> str:

@@ -89,6 +89,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("upstream_idle_s", _seconds_or_zero, "how long an idle upstream connection is kept; 0 is never"),
     _setting("attempts", parsing.whole(1, 100), "times a request may be sent until an answer begins"),
     _setting("retry_budget", parsing.number(most=1.0), "part of the requests that may be sent again"),
+    _setting("continue_streams", parsing.switch, "go on elsewhere with a streamed answer whose engine failed"),
     _setting("shutdown_s", _seconds_or_zero, "how long running requests may finish after SIGTERM"),
     _setting("drain_notice_s", _seconds_or_zero, "how long requests are still taken then, if /readyz is asked"),
     _setting("log_level", parsing.choice("debug", "info", "warning", "error"), "least severe message to log"),

@@ -140,7 +140,8 @@ class Joint:
             name in delta and bytes(delta[name]) not in _EMPTY for name in ("reasoning_content", "reasoning")
         ):
             raise Unfit("reasoning after text")
-        changed = delta is not None and delta.pop("role", None) is not None
+        # where no chunk was shown before, this is the one that says who speaks
+        changed = bool(self._identity) and delta is not None and delta.pop("role", None) is not None
         if self._skip and text:
             text, changed = self._without_blanks(text), True
             holder[name] = Raw(orjson.dumps(text))

@@ -73,20 +73,21 @@ class JoinedMeter:
     def feed(self, data: bytes, now: float) -> bytes:
         """Raises Stopped, or UpstreamBroken where what comes cannot follow what was said."""
         data = self._now.feed(data, now)
-        if self._now.error is not None:
-            data = before_error(data)
+        return self._through(before_error(data) if self._now.error is not None else data)
+
+    def finish(self) -> bytes:
+        return self._through(self._now.finish()) + self._joint.finish()
+
+    def _through(self, data: bytes) -> bytes:
         try:
             data = self._joint.feed(data)
         except Unfit as error:
-            raise UpstreamBroken(f"the answer could not be gone on with: {error}", code="upstream_unfit") from None
+            raise UpstreamBroken(f"what came could not follow what was said: {error}", code="upstream_unfit") from None
         if self._joint.stopped:
             usage = self.result(0)
             counts = (usage.prompt, usage.completion) if self._usage_wished else None
             raise Stopped(data + ending(self._identity, self._joint.chat, "stop", counts))
         return data
-
-    def finish(self) -> bytes:
-        return self._joint.feed(self._now.finish()) + self._joint.finish()
 
     def result(self, prompt_estimate: int) -> Usage:
         """The prompt counts once, and each token of the answer once: what the new stream reports of its prompt has

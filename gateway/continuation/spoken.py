@@ -12,6 +12,8 @@ from gateway.wire.tokens import UNREADABLE, read
 
 #: relayed bytes that are kept before their text is read out of them: some forty events
 UNREAD_BYTES: Final = 8 * 1024
+#: of text that is kept: some 64,000 tokens. Memory is for many streams, and a client that reads slowly holds much, too.
+TEXT_BYTES: Final = 256 * 1024
 
 
 class Identity(Struct):
@@ -56,12 +58,13 @@ class Spoken:
     """Feed it with `add` what is sent, whole events; call `read` before looking at anything else.
 
     `tokens` counts the events with text, `blanks` those at the end whose text is nothing but white space. `plain`: so
-    far it is one choice of nothing but text; once it is not, nothing is kept.
+    far it is one choice of nothing but text, not too long; once it is not, nothing is kept.
     """
 
     __slots__ = (
         "_splitter",
         "_text",
+        "_text_bytes",
         "_unread",
         "_unread_bytes",
         "blanks",
@@ -77,6 +80,7 @@ class Spoken:
         self._unread_bytes = 0
         self._splitter = SseSplitter()
         self._text: list[bytes] = []
+        self._text_bytes = 0
         self.identity: Identity | None = None  # of the first chunk
         self.tokens = 0
         self.blanks = 0
@@ -115,9 +119,12 @@ class Spoken:
             if not self._take(chunk, texts):
                 self.plain = False
                 break
-        if self.plain:
-            self._text.append("".join(texts).encode())
+        text = "".join(texts).encode()
+        self._text_bytes += len(text)
+        if self.plain and self._text_bytes <= TEXT_BYTES:
+            self._text.append(text)
         else:
+            self.plain = False
             self._text.clear()
 
     def _take(self, chunk: _Chunk, texts: list[str]) -> bool:

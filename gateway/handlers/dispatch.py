@@ -88,6 +88,7 @@ class Dispatch:
     """One request's way to an upstream; see the module's docstring."""
 
     __slots__ = (
+        "_able",
         "_began_at",
         "_dispatcher",
         "_exchange",
@@ -112,6 +113,8 @@ class Dispatch:
         self._tier = 0
         #: upstreams that failed this request
         self._tried: tuple[Upstream, ...] = ()
+        #: which offers can be asked, where not all of the plan's can
+        self._able: Callable[[Offer], bool] | None = None
         self._began_at = self._sent_at = 0.0
 
     def __aenter__(self) -> Coroutine[Any, Any, Reply]:
@@ -121,12 +124,23 @@ class Dispatch:
             raise self._nobody()
         return self._send(ready, self._plan.body)
 
+    @property
+    def offer(self) -> Offer:
+        """Who answers, or was asked last."""
+        return self._offer
+
+    @property
+    def tier(self) -> Sequence[Offer]:
+        """The pool that `offer` is of."""
+        return self._plan.tiers[self._tier]
+
     async def another(self, body: bytes, broken: UpstreamError, able: Callable[[Offer], bool] | None = None) -> Reply:
         """One more attempt, elsewhere, for an answer that `broken` ended after the client had seen some of it: `body`
         asks for its rest. `able`: the offers that understand such a request.
 
         Counts as one of the request's attempts; no part of the retry budget, for it gives no engine work that another
-        still has. Raises `UpstreamError` if it fails, too, or NoCapacity if nobody is left.
+        still has. The same upstream may be asked where no other can be. Raises `UpstreamError` if it fails, too, or
+        NoCapacity if nobody is left.
         """
         self._note(broken.outcome, monotonic())
         self._leave(broken.outcome)
@@ -134,11 +148,13 @@ class Dispatch:
             self._tried = (*self._tried, self._offer.upstream)
         if self._exchange.attempts >= self._dispatcher.attempts:
             raise NoCapacity("no further attempt may be made for this request")
+        self._able = able
         ready = self._ready(monotonic())
-        if able is not None:
-            ready = [offer for offer in ready if able(offer)]
+        if not ready:  # it may be back: an engine's process is started again, or one of several behind an address died
+            self._tried, self._tier = (), 0
+            ready = self._ready(monotonic())
         if not ready:
-            raise NoCapacity("no other upstream can go on with this answer")
+            raise NoCapacity("no upstream can go on with this answer")
         return await self._send(ready, Body.parse(body))
 
     async def _send(self, ready: Sequence[Offer], asked: Body) -> Reply:
@@ -207,7 +223,10 @@ class Dispatch:
         """The offers to choose from now: of the first tier that has any."""
         tiers = self._plan.tiers
         while True:
-            ready = eligible(tiers[self._tier], self._tried, now)
+            tier = tiers[self._tier]
+            if self._able is not None:
+                tier = tuple(filter(self._able, tier))
+            ready = eligible(tier, self._tried, now)
             if ready or self._tier + 1 >= len(tiers):
                 return ready
             self._tier += 1

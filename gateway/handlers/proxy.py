@@ -12,6 +12,7 @@ from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
 from gateway.errors import Family
 from gateway.handlers.admission import admit
+from gateway.handlers.continuation import Continuations
 from gateway.handlers.dispatch import Dispatcher
 from gateway.handlers.relay import relay, relay_whole
 from gateway.handlers.resolve import BodyLimits, read_body, read_now, resolve
@@ -49,6 +50,7 @@ class Proxy:
         dispatcher: Dispatcher,
         limits: BodyLimits,
         limiter: Limiter,
+        continuations: Continuations,
         *,
         comments: Comments | None = None,
         reject_tools: bool = False,
@@ -58,6 +60,7 @@ class Proxy:
         self._dispatcher = dispatcher
         self._limits = limits
         self._limiter = limiter
+        self._continuations = continuations
         self._comments = comments or Comments(0)
         self._reject_tools = reject_tools
 
@@ -77,15 +80,19 @@ class Proxy:
         if waiting is not None:
             await waiting
         commented = self._comments.begin(request, exchange, plan)
+        dispatch = self._dispatcher.dispatch(exchange, plan)
         try:
-            async with self._dispatcher.dispatch(exchange, plan) as reply:
+            async with dispatch as reply:
                 if commented:
                     self._comments.end(exchange)
                     if exchange.head_sent and (error := unfit(exchange, reply)) is not None:
                         raise error
+                kept = self._continuations.begin(exchange, plan, dispatch, reply) if exchange.stream else None
                 if reply.complete and not exchange.head_sent:
-                    return relay_whole(request, exchange, reply, plan.strip_usage)
-                return await relay(request, exchange, reply, plan.strip_usage)
+                    response = relay_whole(request, exchange, reply, plan.strip_usage, broken_too=kept is None)
+                    if response is not None:
+                        return response
+                return await relay(request, exchange, reply, plan.strip_usage, kept)
         finally:
             if commented:
                 self._comments.end(exchange)

@@ -2,7 +2,8 @@
 
 The bytes are written to the client's transport right where they were read from the upstream. A body that came whole
 is one write with its head. A stream is a chunk for each read; backpressure of the client stops the reading of the
-upstream; the upstream's failure becomes the API family's error event, never something that looks like an end.
+upstream. Where the upstream fails, another may go on with the answer (`continuation`); else the failure becomes the API
+family's error event, never something that looks like an end.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11
 
 from gateway.answer import SENT_CLOSE, SENT_KEEP, connection_line, status_line
-from gateway.errors import UpstreamBroken, UpstreamError, render_event
+from gateway.continuation.meter import Stopped
+from gateway.errors import UpstreamBroken, UpstreamError, UpstreamInterrupted, render_event
 from gateway.exchange import Exchange
+from gateway.handlers.continuation import Continuation
 from gateway.ledger import prices
 from gateway.upstreams.reply import Reply
 from gateway.wire.tokens import answer_usage
@@ -27,12 +30,14 @@ if TYPE_CHECKING:
 
 _LAST_CHUNK: Final = b"0\r\n\r\n"
 _COMMENT: Final = ord(":")
-#: A prompt's tokens when nobody counted them: English text and JSON run at about four bytes a token.
-_BYTES_PER_TOKEN: Final = 4
 
 
-def relay_whole(request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool) -> web.StreamResponse:
-    """Send a complete reply: one write. Raises only while nothing has been sent."""
+def relay_whole(
+    request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool, broken_too: bool = True
+) -> web.StreamResponse | None:
+    """Send a complete reply: one write. Raises only while nothing has been sent. None, and nothing is sent, for a
+    stream that broke off unless it is to be sent, too.
+    """
     fields = reply.head.client_lines()  # raises UpstreamBroken for what must not pass
     _take_status(exchange, reply)
     data = reply.body()
@@ -40,6 +45,9 @@ def relay_whole(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
         exchange.usage = answer_usage(data)  # most answers: read in one pass, no meter needed
     if exchange.usage is None:
         data = _metered(exchange, reply, strip_usage, data)
+        if not broken_too and exchange.error is not None:
+            exchange.error, exchange.outcome = None, "ok"
+            return None
     keep_alive = _keep_alive(request)
     _tell_cost(exchange)
     bodiless = reply.status in (204, 304)  # RFC 9110 section 8.6
@@ -63,7 +71,7 @@ def settle_usage(exchange: Exchange) -> None:
     """
     meter = exchange.meter
     if meter is not None and exchange.usage is None and (exchange.status < 400 or exchange.outcome == "client_gone"):
-        exchange.usage = meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
+        exchange.usage = meter.result(exchange.prompt_estimate)
     if exchange.usage is not None and exchange.cost is None:
         exchange.cost = prices.cost(exchange.usage, exchange.upstream_s, exchange.price)
 
@@ -90,16 +98,22 @@ def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -
     if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
         exchange.error = _unfinished(exchange)
         exchange.outcome = "partial"
-        tail = _last_event(exchange, reply, exchange.error)  # instead of the event that has no end, if there is one
+        tail = _last_event(exchange, reply, meter, exchange.error)  # instead of the event that has no end, if any
     elif meter.error is not None and reply.status < 400:  # an error status is an answer, not a failure in one
         _note_error(exchange, meter)
     return data + tail if tail else data
 
 
-async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool) -> web.StreamResponse:
-    """Send a reply while it comes. Raises only while nothing has been sent, or when the client has gone."""
+async def relay(
+    request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool, kept: Continuation | None = None
+) -> web.StreamResponse:
+    """Send a reply while it comes. Raises only while nothing has been sent, or when the client has gone.
+
+    `kept`: another upstream may go on with this answer.
+    """
     fields = reply.head.client_lines()  # raises UpstreamBroken for what must not pass
-    meter = exchange.meter = new_meter(reply.head.content_type, strip_usage)
+    meter: Meter = new_meter(reply.head.content_type, strip_usage)
+    exchange.meter = meter
     _take_status(exchange, reply)
     transport = request.transport
     if transport is None or transport.is_closing():
@@ -121,7 +135,7 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
     if not exchange.head_sent:  # while the client waited
         transport.write(head)
 
-    feed = meter.feed
+    feed = meter.feed if kept is None else kept.feed(meter)
     write = transport.write
     closing = transport.is_closing
     sent_bytes = 0
@@ -141,30 +155,54 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
         else:
             write(data)
 
-    client.on_pause = reply.pause
-    client.on_resume = reply.resume
+    def send(data: bytes) -> None:
+        nonlocal sent_bytes
+        if data:
+            sent_bytes += len(data)
+            write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
+
     try:
-        reply.attach(sink)
-        if client.writing_paused:  # already full, by the answer before on this connection
-            reply.pause()
-        await reply.ended()
-        tail = meter.finish()
-        if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
-            raise _unfinished(exchange)
-    except UpstreamError as error:
-        exchange.error = error
-        exchange.outcome = "partial"
-        if closing():
-            raise asyncio.CancelledError from None  # nobody is there to be told
-        if not reply.streaming or meter.torn:
-            transport.abort()  # half a JSON document has no place for an error: nobody may take it for whole
-            return SENT_CLOSE
-        event = _last_event(exchange, reply, error)
-        if chunked:
-            transport.writelines((b"%x\r\n" % len(event), event, b"\r\n", _LAST_CHUNK))
-        else:
-            transport.write(event)
-        return SENT_CLOSE
+        while True:
+            client.on_pause = reply.pause
+            client.on_resume = reply.resume
+            try:
+                reply.attach(sink)
+                if client.writing_paused:  # already full, by the answer before on this connection
+                    reply.pause()
+                await reply.ended()
+                tail = meter.finish()
+                if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
+                    raise _unfinished(exchange)
+                break
+            except Stopped as stopped:
+                tail = stopped.rest
+                break
+            except UpstreamError as error:
+                broken = error
+            exchange.error = broken
+            exchange.outcome = "partial"
+            if closing():
+                raise asyncio.CancelledError  # nobody is there to be told
+            if not reply.streaming or meter.torn:
+                transport.abort()  # half a JSON document has no place for an error: nobody may take it for whole
+                return SENT_CLOSE
+            if isinstance(broken, UpstreamInterrupted):
+                send(broken.rest)
+            resumed = None if kept is None else await kept.go_on(broken, meter)
+            if resumed is None:
+                if kept is not None and kept.reason:
+                    broken.message += f"; nobody else could go on: {kept.reason}"
+                send(_last_event(exchange, reply, meter, broken))
+                if chunked:
+                    write(_LAST_CHUNK)
+                return SENT_CLOSE
+            exchange.error, exchange.outcome = None, "ok"
+            if isinstance(resumed, bytes):
+                tail = resumed
+                break
+            reply, meter = resumed
+            exchange.meter = meter
+            feed = kept.feed(meter)  # type: ignore[union-attr]  # it was kept that resumed
     finally:
         client.on_pause = client.on_resume = None
         exchange.response_bytes = sent_bytes
@@ -183,10 +221,14 @@ async def relay(request: web.BaseRequest, exchange: Exchange, reply: Reply, stri
     return SENT_KEEP if keep_alive else SENT_CLOSE
 
 
-def _last_event(exchange: Exchange, reply: Reply, error: UpstreamError) -> bytes:
-    """The error in the form of the stream: a line where lines are streamed, an event where events are."""
+def _last_event(exchange: Exchange, reply: Reply, meter: Meter, error: UpstreamError) -> bytes:
+    """The error in the form of the stream: a line where lines are streamed, an event where events are; and what the
+    answer has used until now.
+    """
     lines = reply.head.content_type.lower().startswith(b"application/x-ndjson")
-    return render_event(error, "ollama" if lines else exchange.family, exchange.id)
+    usage = meter.result(exchange.prompt_estimate)
+    used = (usage.prompt, usage.completion)
+    return render_event(error, "ollama" if lines else exchange.family, exchange.id, used)
 
 
 def _take_status(exchange: Exchange, reply: Reply) -> None:

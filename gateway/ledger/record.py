@@ -48,6 +48,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
     model_asked: str = ""  # as the client wrote it, where that is not `model`
     attempts_made: tuple[Attempt, ...] = ()  # where there was more than one
     route_reason: str = ""
+    continued: int = 0  # times another upstream went on with the answer
     limits: tuple[LimitUse, ...] = ()  # arrays: name, scope, resource, reserved, used, source
     queued_s: float = 0.0  # of the duration: the wait for room on an upstream
 
@@ -93,6 +94,7 @@ def record(exchange: Exchange) -> Record:
         exchange.model_asked[:200] if exchange.model_asked != exchange.model else "",
         tuple(exchange.attempts_made),
         exchange.route_reason,
+        exchange.continued,
         exchange.limits,
         queued_s=_rounded(exchange.queued_s),
     )

@@ -42,6 +42,7 @@ RULES: Final = {
     "unavailable": Rule("elsewhere", 1),  # 503 without a time
     "failed": Rule("elsewhere", 1),  # another 5xx
     "given_up": Rule("never", 0),  # the gateway is shutting down
+    "unfit": Rule("never", 0),  # what it said could not follow another's answer
     "client_gone": Rule("never", 0),
     "outrun": Rule("never", 0),  # hedged, and the other attempt was first
 }

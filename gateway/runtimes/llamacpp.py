@@ -8,6 +8,8 @@ after 5 s.
 
 The last chunk of each choice carries `timings`, with the counts of a usage, unless usage was asked for: then they move
 to usage chunks (one for each choice, too). So nothing is asked for, and the client gets its stream byte for byte.
+
+A final assistant message is gone on with, asked or not. Streamed, the answer is what follows it; whole, it repeats it.
 """
 
 from gateway.runtimes.runtime import (
@@ -31,4 +33,5 @@ LLAMACPP = Runtime(
     paths=OPENAI_PATHS,
     inject_usage=False,
     idle_s=5.0,
+    continues="always",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final, TypeGuard
+from typing import Final, Literal, TypeGuard
 
 import orjson
 
@@ -56,6 +56,10 @@ class Runtime:
     #: a further free door, "" if there is none, and what its body tells; raises ValueError if it tells nothing
     details_path: str = ""
     parse_details: Callable[[bytes], Details] = lambda body: Details()
+    #: whether a streamed chat goes on with a final assistant message: "asked" by vLLM's flags, "always", or never
+    continues: Literal["", "asked", "always"] = ""
+    #: tokens of a completion for which no length was asked; None: as many as there is room for
+    completion_tokens: int | None = None
     #: operation -> path of model management; apart from `paths`, so that no prompt route can ever name one
     manage: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 

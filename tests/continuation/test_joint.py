@@ -81,12 +81,13 @@ def test_no_seam_at_any_token(cut: int, chat: bool) -> None:
     told = given("".join(TEXTS[:cut]))
     tokens = next(n for n in range(len(TEXTS) + 1) if len("".join(TEXTS[:n])) >= len(told))
     following = stream("another", TEXTS[tokens:], chat=chat, prompt=10 + tokens)
-    if cut + chat == 0:
-        return  # nothing was shown: nothing is to be joined
     found = joined(shown, following, chat=chat)
     assert text_of(found) == text_of(whole)
     found_documents = [one for one in documents(found) if one != b"[DONE]"]
-    assert {(one["id"], one["created"], one["model"]) for one in found_documents} == {("first", 5, "model of first")}
+    name = "first" if shown else "another"
+    assert {(one["id"], one["created"], one["model"]) for one in found_documents} == {
+        (name, len(name), f"model of {name}")
+    }
     assert found.count(b'"role"') == chat
     assert [one["choices"][0]["finish_reason"] for one in found_documents
             if one["choices"] and one["choices"][0].get("finish_reason")] == ["length"]  # fmt: skip
@@ -123,6 +124,11 @@ def test_a_role_that_comes_with_text_leaves_the_text() -> None:
     ollama = event({"id": "x", "choices": [{"index": 0, "delta": {"role": "assistant", "content": " Paris"}}]})
     found = joined(stream("first", ["It is"])[:2], [ollama])
     assert documents(found)[-1]["choices"] == [{"index": 0, "delta": {"content": " Paris"}}]
+
+
+def test_after_nothing_was_shown_the_new_stream_is_the_first() -> None:
+    whole = stream("b", TEXTS)
+    assert documents(joined([], whole)) == documents(b"".join(whole))
 
 
 def test_comments_pass_and_half_an_event_waits() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.continuation.spoken import UNREAD_BYTES, Spoken, before_error, given
+from gateway.continuation.spoken import TEXT_BYTES, UNREAD_BYTES, Spoken, before_error, given
 from tests import transcripts
 
 
@@ -112,6 +112,18 @@ def test_what_is_not_plain_text_is_not_kept(event: bytes) -> None:
 def test_what_says_nothing_does_no_harm(delta: dict[str, Any]) -> None:
     found = spoken(chunk(delta), b": ping\n\n", chunk({"content": "a"}))
     assert (found.plain, found.text, found.tokens) == (True, "a", 1)
+
+
+def test_there_is_an_end_to_what_is_kept() -> None:
+    found = Spoken()
+    one = chunk({"content": "x" * 1000})
+    for _ in range(TEXT_BYTES // 1000):
+        found.add(one)
+    found.read()
+    assert (found.plain, len(found.text)) == (True, TEXT_BYTES // 1000 * 1000)
+    found.add(one)
+    found.read()
+    assert (found.plain, found.text) == (False, "")
 
 
 def test_blanks_at_the_end_are_counted() -> None:

@@ -91,7 +91,7 @@ class Cutting(SimServer):
 async def test_a_thousand_streams_cut_at_a_random_byte(tmp_path: Path) -> None:
     """One record each, with the tokens that were relayed, visible within a second."""
     count, tokens = 1000, 40
-    async with Cutting() as sim, gateway(provider("one", sim.url), data_dir=tmp_path) as gate:
+    async with Cutting() as sim, gateway(provider("one", sim.url), data_dir=tmp_path, continue_streams=False) as gate:
         relayed: dict[str, int] = {}
 
         async def one() -> None:
