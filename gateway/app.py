@@ -13,6 +13,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from gateway.admin import keys as admin_keys
+from gateway.admin import queue as admin_queue
 from gateway.admin import upstreams as admin_upstreams
 from gateway.admin import usage as admin_usage
 from gateway.answer import EXCHANGE
@@ -106,11 +107,8 @@ class App:
         self.names = Names(self.catalog, self.prober.wake)
         self.metrics.names = self.names
         self.journal = Journal(config.data_dir / "journal") if config.ledger else None
-        self.gate = Gate(
-            FairQueue(config.queue_max, config.queue_input_weight, config.queue_output_weight),
-            config.queue_s,
-            {tenant.group: tenant.weight for tenant in config.tenants},
-        )
+        self.gate = Gate(FairQueue())
+        self._revise_queue(config)
         self.metrics.queue = self.gate.series
         self.comments = Comments(config.comment_s)
         self.dispatcher = Dispatcher(
@@ -178,6 +176,8 @@ class App:
         if config.api_keys != before.api_keys:
             self.keys.ring.configure(config.api_keys)
         self.transport.idle_s = config.upstream_idle_s
+        self._revise_queue(config)
+        self.comments.every_s = config.comment_s
         self.dispatcher.attempts = config.attempts
         self.continuations.enabled = config.continue_streams
         self.dispatcher.budget.part = config.retry_budget
@@ -189,6 +189,13 @@ class App:
             self.metrics.log_dropped = self.log.lost if self.log is not None else int
         self._handle = self._compose()
         return fixed
+
+    def _revise_queue(self, config: Config) -> None:
+        queue = self.gate.queue
+        queue.most = config.queue_max
+        queue.input_weight = config.queue_input_weight
+        queue.output_weight = config.queue_output_weight
+        self.gate.revise(config.queue_s, {tenant.group: tenant.weight for tenant in config.tenants})
 
     def _routes(self) -> Routes:
         config = self.config
@@ -222,6 +229,7 @@ class App:
                 )
             }
         routes |= admin_keys.routes(self.keys)
+        routes |= admin_queue.routes(self.gate)
         routes |= admin_upstreams.routes(self.catalog, self.drains)
         if self.journal is not None:
             routes |= admin_usage.routes(self.journal.root, self.store)

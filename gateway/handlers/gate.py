@@ -13,7 +13,7 @@ that running answers have made so far to their tenants.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -73,6 +73,11 @@ class Gate:
         self._charged: dict[Exchange, float] = {}  # of those, what their tenants were charged since somebody waits
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
+
+    def revise(self, longest_s: float, weights: Mapping[str, float]) -> None:
+        """Go on with other settings, for those that come from now on."""
+        self._longest_s = longest_s
+        self._weights = weights
 
     # -- asked by each request ----------------------------------------------------------------------------------
 
@@ -178,11 +183,11 @@ class Gate:
             self._timer.cancel()
             self._timer = None
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """Everyone who waits, in the order in which they would be served now."""
         now = monotonic()
-        return [
-            {
+        for position, turn in enumerate(self.queue.upcoming(), 1):
+            yield {
                 "position": position,
                 "class": PRIORITIES[turn.rank],
                 "tenant": turn.tenant,
@@ -192,8 +197,6 @@ class Gate:
                 "waited_s": round(now - turn.queued_at, 3),
                 "upstreams": sorted(upstream.name for upstream in turn.of.group.places),
             }
-            for position, turn in enumerate(self.queue.upcoming(), 1)
-        ]
 
     # -- inside -------------------------------------------------------------------------------------------------
 

@@ -27,13 +27,13 @@ class Comments:
     """Those who wait, and the timer. `every_s` 0: no comments."""
 
     def __init__(self, every_s: float = 15.0) -> None:
-        self._every_s = every_s
+        self.every_s = every_s
         self._waiting: dict[Exchange, web.BaseRequest] = {}  # the one that had its last comment longest ago first
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, request: web.BaseRequest, exchange: Exchange, plan: Plan) -> bool:
         """Look after this request until `end`, if it asked for server-sent events; whether it did."""
-        if not self._every_s or not exchange.stream or not _events(exchange, plan):
+        if not self.every_s or not exchange.stream or not _events(exchange, plan):
             return False
         exchange.commented_at = monotonic()
         self._waiting[exchange] = request
@@ -46,14 +46,14 @@ class Comments:
         self._waiting.pop(exchange, None)
 
     def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(min(1.0, self._every_s / 4), self._sweep)
+        self._timer = asyncio.get_running_loop().call_later(min(1.0, self.every_s / 4), self._sweep)
 
     def _sweep(self) -> None:
         self._timer = None
         now = monotonic()
         due = []
         for exchange in self._waiting:
-            if now - exchange.commented_at < self._every_s:
+            if now - exchange.commented_at < self.every_s:
                 break
             due.append(exchange)
         for exchange in due:
