@@ -40,6 +40,7 @@ from gateway.identity.failures import Failures
 from gateway.identity.keys import KeyRing
 from gateway.identity.shared import Shared
 from gateway.ledger.journal import Journal
+from gateway.ledger.prices import cost
 from gateway.ledger.record import Recent, record
 from gateway.ledger.shipper import Shipper
 from gateway.limits.limiter import Limiter
@@ -90,7 +91,7 @@ class App:
         self.metrics = Metrics(CollectorRegistry(), lambda: self.catalog.upstreams)
         self.store = Store.open(config.store, config.redis_url.value, config.data_dir)
         self.metrics.store = self.store.series if self.store is not None else None
-        self.limiter = Limiter(config.limits, self.store, part=config.limits_share)
+        self.limiter = Limiter(config.limits, self.store, part=config.limits_share, cost=cost)
         self.metrics.limiter = self.limiter
         self.recent = Recent()
         self.log = RequestLog() if config.access_log else None

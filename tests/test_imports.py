@@ -100,6 +100,7 @@ PURE = (
     "continuation",
     "runtimes",
     "limits.bucket",
+    "limits.estimate",
     "limits.spec",
     "identity.fields",
     "identity.principals",
