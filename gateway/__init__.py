@@ -29,7 +29,7 @@ Rooms
     middleware/     (beside this package) the order is in its `stack`
 
 Imports go downwards; tests/test_imports.py holds the table and fails on a breach. `wire`, `errors`, `exchange`,
-`runtimes`, `routing` and `upstreams.policies` are pure: no I/O, no clock. Bytes reach runtimes through
+`runtimes` and `routing` are pure: no I/O, no clock. Bytes reach runtimes through
 `upstreams.transport` only, aiohttp's ClientSession lives in `upstreams.control` only, prometheus_client in `metrics`
 and `app`, redis in `store`.
 
