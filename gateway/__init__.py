@@ -12,6 +12,7 @@ Rooms
     answer          what the gateway says itself: JSON, errors, status lines, as bytes
     metrics, log    every metric; the one log line per request
     catalog         providers, models, aliases -> an immutable route Table, swapped whole
+    importers       other gateways' configurations -> our TOML
     fleet           what changes it while it runs: reloads, DNS names, drains
     identity        principals (who may do what), keys (made, hashed, looked up)
     oidc            tokens of a trusted issuer (JWT) instead of keys; optional

@@ -38,6 +38,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "upstreams": frozenset({"routing", "runtimes", "wire", "errors", "metrics"}),
     "config": frozenset({"routing", "runtimes", "upstreams", "identity", "limits", "oidc", "store", "errors"}),
     "catalog": frozenset({"routing", "config", "upstreams", "runtimes", "errors"}),
+    "importers": frozenset({"config"}),
     "fleet": frozenset({"catalog", "config", "errors", "store", "upstreams"}),
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
     "sim": frozenset({"wire", "errors"}),
@@ -84,7 +85,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "sim",
             "log",
         }
-        | {"store", "upstreams"}
+        | {"importers", "store", "upstreams"}
     ),
     "doctor": frozenset({"config", "server", "store", "errors"}),
     "__main__": frozenset({"cli"}),
@@ -126,6 +127,7 @@ DOORS = {
     "xxhash": ("routing.prefix",),
     "dotenv": ("config",),
     "dns": ("fleet.names",),
+    "yaml": ("importers",),
     "joserfc": ("oidc",),
 }
 
