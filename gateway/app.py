@@ -99,7 +99,9 @@ class App:
             self.metrics.log_dropped = self.log.lost
         self.transport = Transport(config.upstream_idle_s)
         self.control = Control()
-        self.prober = Prober(self.control, lambda: self.catalog.upstreams, self._changed, on_move=self._moved)
+        self.prober = Prober(
+            self.control, lambda: self.catalog.upstreams, self._changed, on_move=self._moved, on_lost=self._lost
+        )
         hosts = self.store if config.redis_url and config.store == "auto" else None  # the embedded one has no others
         self.keys = KeyBook(keys, Shared(hosts) if hosts is not None else None)
         self.draining = False
@@ -327,6 +329,13 @@ class App:
         reason = f": {health.reason}" if health.reason else ""
         _log.log(level, "upstream %s is %s%s", upstream.name, health.status, reason)
         self.catalog.rebuild()
+
+    def _lost(self, upstream: Upstream) -> None:
+        """Nothing on this host answers any more: what waits there may be asked of another, if there is one."""
+        if self.catalog.dispensable(upstream):
+            given_up = self.transport.give_up(upstream)
+            if given_up:
+                _log.warning("upstream %s: %d requests that it has not answered go elsewhere", upstream.name, given_up)
 
     def _moved(self, upstream: Upstream) -> None:
         """An upstream was ejected, is on trial, or is back."""

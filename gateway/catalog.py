@@ -213,6 +213,14 @@ class Catalog:
         """Compile a new table from what is known now, and swap it in."""
         self.table = self._build()
 
+    def dispensable(self, upstream: Upstream) -> bool:
+        """Whether each name that `upstream` serves has another host that is not gone, be it one to fall back on."""
+        for tiers in self.table.pools.tiers.values():
+            hosts = {offer.upstream for tier in tiers for offer in tier}
+            if upstream in hosts and all(host is upstream or host.breaker.gone for host in hosts):
+                return False
+        return True
+
     def _place(self) -> None:
         """Make the upstreams what the configuration and the names looked up say, and compile the table."""
         placed: dict[str, tuple[Upstream, ...]] = {}

@@ -17,13 +17,16 @@ log = logging.getLogger(__name__)
 
 #: an upstream that takes connections and answers no probe is ejected after so many in a row
 UNANSWERED: Final = 2
+#: and after so many, what still waits for its answer waits in vain
+LOST: Final = 3
 #: an upstream in doubt is probed at once, but no sooner than this after the probe before
 DOUBT_S: Final = 0.2
 
 
 class Prober:
     """Probes `upstreams()` again and again, in parallel; calls `on_change` when a status or a model list
-    changed, and `on_move` when a finding ejected an upstream or brought it back.
+    changed, `on_move` when a finding ejected an upstream or brought it back, and `on_lost` as long as nothing there
+    answers, which the connections of a host without power or network never tell.
 
     `upstreams` is asked anew each time, so a reloaded set is picked up within `recheck_s`. An upstream that
     answers is probed every `interval_s`, one that does not every `recheck_s`, so that its return is seen
@@ -41,6 +44,7 @@ class Prober:
         recheck_s: float = 1.0,
         jitter: float = 0.2,
         on_move: Callable[[Upstream], None] | None = None,
+        on_lost: Callable[[Upstream], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         spread: Callable[[float, float], float] = random.uniform,
     ) -> None:
@@ -50,6 +54,7 @@ class Prober:
         self._upstreams = upstreams
         self._on_change = on_change
         self._on_move = on_move
+        self._on_lost = on_lost
         self._interval_s = interval_s
         self._recheck_s = min(recheck_s, interval_s)
         self._jitter = jitter
@@ -61,6 +66,7 @@ class Prober:
         self._unanswered: dict[Upstream, int] = {}
         self._task: asyncio.Task[None] | None = None
         self._doubt = asyncio.Event()
+        self._probing: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin probing in a task of its own; the first round runs at once."""
@@ -72,8 +78,10 @@ class Prober:
         """Stop; returns when nothing of it runs any more. Safe to call twice."""
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            ending = [task, *self._probing]
+            for one in ending:
+                one.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
 
     def doubt(self, upstream: Upstream) -> None:
         """A request found it gone, or so it seems: probe it now."""
@@ -101,12 +109,21 @@ class Prober:
     async def _run(self) -> None:
         while True:
             self._doubt.clear()
-            await self.probe_due()
+            for upstream in self.due(self._clock()):
+                # A task for each: one host that says nothing must not hold up the news of all the others.
+                self._next_at[upstream] = float("inf")
+                task = asyncio.create_task(self._probe(upstream), name=f"probe of {upstream.name}")
+                self._probing.add(task)
+                task.add_done_callback(self._probed)
             # A short tick rather than a computed wake-up: a reload may bring upstreams that are due now.
             soonest_at = min(self._next_at.values(), default=float("inf"))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.01, min(soonest_at - self._clock(), self._recheck_s))):
                     await self._doubt.wait()
+
+    def _probed(self, task: asyncio.Task[None]) -> None:
+        self._probing.discard(task)
+        self._doubt.set()  # when it is due again is known only now
 
     async def _probe(self, upstream: Upstream) -> None:
         wait_s = self._interval_s
@@ -126,6 +143,8 @@ class Prober:
         if health.status == "unreachable":
             unanswered = self._unanswered[upstream] = self._unanswered.get(upstream, 0) + 1
             moved = (health.gone or unanswered >= UNANSWERED) and upstream.breaker.found_gone(self._clock())
+            if unanswered >= LOST and self._on_lost is not None:
+                self._on_lost(upstream)
         else:
             self._unanswered.pop(upstream, None)
             moved = upstream.breaker.found_well(self._clock())

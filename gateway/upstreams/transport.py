@@ -18,7 +18,7 @@ from collections import deque
 from time import monotonic
 from typing import Final
 
-from gateway.errors import UpstreamGivenUp, UpstreamUnreachable
+from gateway.errors import UpstreamGivenUp, UpstreamSilent, UpstreamUnreachable
 from gateway.upstreams.connection import Connection
 from gateway.upstreams.reply import Reply, StaleConnection
 from gateway.upstreams.upstream import Upstream
@@ -170,6 +170,17 @@ class Transport:
         """(connections in use, idle connections) of an upstream."""
         pool = self._pools.get(upstream)
         return (len(pool.active), len(pool.idle)) if pool is not None else (0, 0)
+
+    def give_up(self, upstream: Upstream) -> int:
+        """Fail what `upstream` has not begun to answer: it answers no probes either. How many there were."""
+        pool = self._pools.get(upstream)
+        waiting = [one for one in pool.active if one.reply is not None and not one.reply.first_byte_at] if pool else []
+        for connection in waiting:
+            reply = connection.reply
+            connection.abort()
+            if reply is not None:
+                reply.fail(UpstreamSilent(f"provider {upstream.provider!r} answers nothing any more"))
+        return len(waiting)
 
     def start(self) -> None:
         self._sweep()

@@ -219,6 +219,53 @@ async def test_one_black_hole_of_eight_does_not_slow_the_others() -> None:
         here.assert_idle()
 
 
+@pytest.mark.slow
+async def test_what_waits_on_a_host_without_power_is_asked_of_another() -> None:
+    """No reset ever comes, and the time for a first byte is ten minutes: only the probes can tell."""
+    dice = random.Random(12)
+    async with engines(3) as sims, gateway(pool(sims)) as here:
+        here.app.control.timeout_s = 0.2
+        sims[0].faults = {"silent": True, "paths": ["/"]}
+        for sim in sims[1:]:
+            sim.faults = {"first_token_s": 6.0}
+        waiting = asyncio.gather(*(ask_once(here, unique(dice, max_tokens=2, stream=n % 2 == 0)) for n in range(9)))
+        await until(lambda: all(upstream_of(here, sim).in_flight == 3 for sim in sims), what="three on each")
+        here.app.prober.doubt(upstream_of(here, sims[0]))
+        await until(lambda: upstream_of(here, sims[0]).in_flight == 0, within_s=15, what="those on the dead host to go")
+        assert sum(upstream_of(here, sim).in_flight for sim in sims[1:]) == 9, "who answers probes is waited for"
+        outcomes = await waiting
+        assert kinds(outcomes) == {"done": 9}, failed(outcomes)[:2]
+        assert sum(generations(sim) for sim in sims) == 9
+        here.assert_idle()
+
+
+@pytest.mark.slow
+async def test_the_only_host_is_waited_for_though_it_answers_no_probe() -> None:
+    async with engines(1) as sims, gateway(pool(sims)) as here:
+        here.app.control.timeout_s = 0.1
+        sims[0].faults = {"slow_headers_s": 5.0, "paths": ["/"]}
+        asked = asyncio.gather(ask_once(here, chat(max_tokens=2)))
+        await until(lambda: upstream_of(here, sims[0]).in_flight == 1)
+        here.app.prober.doubt(upstream_of(here, sims[0]))
+        await until(lambda: upstream_of(here, sims[0]).breaker.gone, what="the probes' verdict")
+        assert kinds(await asked) == {"done": 1}
+
+
+async def test_an_engine_is_seen_back_while_another_says_nothing() -> None:
+    """R4: a probe that waits for its timeout holds up no other."""
+    async with engines(3) as sims, gateway(pool(sims)) as here:
+        here.app.control.timeout_s = 30.0
+        sims[0].faults = {"silent": True, "paths": ["/"]}
+        silent, victim = upstream_of(here, sims[0]), upstream_of(here, sims[1])
+        here.app.prober.doubt(silent)
+        await until(lambda: any(request.method == "GET" for request in list(sims[0].requests)[2:]), what="its probe")
+        sims[1].kill()
+        here.app.prober.doubt(victim)
+        await until(lambda: victim.breaker.gone, within_s=2.0, what="the ejection")
+        await sims[1].revive()
+        await until(lambda: victim.breaker.state == "closed", within_s=2.0, what="its return")
+
+
 @pytest.mark.timeout(120)
 async def test_flapping_engines_are_seldom_asked_and_never_felt() -> None:
     """An engine that dies of the first request it gets, again and again, beside three that are well."""
