@@ -70,7 +70,9 @@ def send(
     *,
     close: bool = False,
 ) -> Sent:
-    """Write a whole answer. `headers` are trusted: ours or from configuration, never a client's."""
+    """Answer with `body` once the exchange is settled. `headers` are trusted: ours or from configuration, not a
+    client's.
+    """
     keep_alive = bool(request.keep_alive) and not close
     exchange = request.get(EXCHANGE)  # none where the bytes never became a request
     if exchange is not None:
@@ -87,9 +89,11 @@ def send(
         connection_line(request, keep_alive),
         len(body),
     )
-    transport = request.transport
-    if transport is not None:
-        transport.write(head if request.method == "HEAD" else head + body)
+    answer = head if request.method == "HEAD" else head + body
+    if exchange is not None:
+        exchange.unsent = (answer,)
+    elif request.transport is not None:
+        request.transport.write(answer)
     return Sent(status, keep_alive=keep_alive)
 
 
@@ -139,11 +143,7 @@ def send_comment(request: web.BaseRequest, exchange: Exchange, text: bytes = b"w
 def send_last_event(request: web.BaseRequest, error: GatewayError, exchange: Exchange) -> Sent:
     """End a stream that had nothing but comments with the family's error event: its client was told 200, and waits."""
     event = render_event(error, exchange.family, exchange.id)
-    transport = request.transport
-    if transport is not None:
-        if request.version >= HttpVersion11:
-            transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
-        else:
-            transport.write(event)
+    chunked = request.version >= HttpVersion11
+    exchange.unsent = (b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event) if chunked else event,)
     exchange.response_bytes = len(event)
     return SENT_CLOSE

@@ -40,7 +40,8 @@ from gateway.identity.failures import Failures
 from gateway.identity.keys import KeyRing
 from gateway.identity.shared import Shared
 from gateway.ledger.journal import Journal
-from gateway.ledger.record import Recent, record
+from gateway.ledger.prices import cost
+from gateway.ledger.record import Recent, encode, record
 from gateway.ledger.shipper import Shipper
 from gateway.limits.limiter import Limiter
 from gateway.log import RequestLog
@@ -72,7 +73,6 @@ UNLIMITED: Final = frozenset(
 #: settings that hold until the process ends
 FIXED: Final = (
     *("listen", "metrics_listen", "keepalive_timeout_s", "data_dir", "redis_url", "store", "ledger", "demo"),
-    "prefix_index_bytes",
     *(field.name for field in fields(Config) if field.name.startswith("oidc_")),
 )
 
@@ -87,11 +87,11 @@ class App:
 
     def __init__(self, config: Config, keys: KeyRing) -> None:
         self.config = config
-        self.catalog = Catalog(config.providers, config.prefix_index_bytes)
+        self.catalog = Catalog(config.providers)
         self.metrics = Metrics(CollectorRegistry(), lambda: self.catalog.upstreams)
         self.store = Store.open(config.store, config.redis_url.value, config.data_dir)
         self.metrics.store = self.store.series if self.store is not None else None
-        self.limiter = Limiter(config.limits, self.store, part=config.limits_share)
+        self.limiter = Limiter(config.limits, self.store, part=config.limits_share, cost=cost)
         self.metrics.limiter = self.limiter
         self.recent = Recent()
         self.log = RequestLog() if config.access_log else None
@@ -122,8 +122,6 @@ class App:
             gate=self.gate,
             changed=self._moved,
             doubted=self.prober.doubt,
-            policy=config.policy,
-            salted=config.cache_salt,
         )
         self.metrics.retries = lambda: self.dispatcher.retries
         self.continuations = Continuations(config.continue_streams)
@@ -185,8 +183,6 @@ class App:
         self.comments.every_s = config.comment_s
         self.dispatcher.attempts = config.attempts
         self.continuations.enabled = config.continue_streams
-        self.dispatcher.policy = config.policy
-        self.dispatcher.salted = config.cache_salt
         self.dispatcher.budget.part = config.retry_budget
         logging.getLogger("gateway").setLevel(config.log_level.upper())
         if config.access_log != before.access_log:
@@ -323,8 +319,6 @@ class App:
 
     def _changed(self, upstream: Upstream) -> None:
         health = upstream.health
-        if health.gone:  # whatever comes back at this address has an empty cache
-            upstream.load.index.clear()
         level = logging.INFO if health.status == "ok" else logging.WARNING
         reason = f": {health.reason}" if health.reason else ""
         _log.log(level, "upstream %s is %s%s", upstream.name, health.status, reason)
@@ -380,11 +374,16 @@ class App:
         self.metrics.settle(exchange)
         one = record(exchange)
         self.recent.post(one)
+        billable = self.journal is not None and exchange.principal is not None and exchange.route in BILLABLE
+        if not billable and self.log is None:
+            return
+        text = encode(one)
         # Of strangers there is no record: they could fill the disk with nothing but requests.
-        if self.journal is not None and exchange.principal is not None and exchange.route in BILLABLE:
-            self.journal.post(one)
+        if billable:
+            assert self.journal is not None
+            self.journal.post(one, text)
         if self.log is not None:
-            self.log.post(one)
+            self.log.post(text)
 
 
 class Router:

@@ -62,7 +62,6 @@ class Exchange:
         "attempts_made",
         "began_at",
         "began_unix_s",
-        "believed_cached",
         "body",
         "commented_at",
         "committed",
@@ -97,7 +96,7 @@ class Exchange:
         "status",
         "stream",
         "taken",
-        "ttft_predicted_s",
+        "unsent",
         "upstream",
         "upstream_s",
         "usage",
@@ -135,10 +134,6 @@ class Exchange:
         self.attempts_made: Sequence[Attempt] = ()
         self.route_reason = ""  # why this upstream, in one word
         self.continued = 0  # times another upstream went on with the answer
-        #: when it was chosen: seconds to the first token, None where the policy predicts none, and prompt tokens that
-        #: the upstream was believed to have in its cache
-        self.ttft_predicted_s: float | None = None
-        self.believed_cached: int | None = None
         self.committed = False  # bytes of an answer went to the client: no error can be rendered any more
         #: a stream's head and comments went to the client while it waited, nothing of an answer: errors are events
         self.head_sent = False
@@ -151,6 +146,8 @@ class Exchange:
         self.outcome: Outcome = "ok"
         self.error: GatewayError | None = None
         self.headers = b""  # further header lines of the client's answer, each with its CRLF
+        #: the end of the answer: written when the exchange is settled, so who has all of an answer is in the ledger
+        self.unsent: Sequence[bytes] = ()
         self.remote = ""
         self.request_bytes = 0
         self.response_bytes = 0

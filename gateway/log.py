@@ -15,10 +15,6 @@ import sys
 import traceback
 from typing import Final
 
-import msgspec
-
-from gateway.ledger.record import Record
-
 FLUSH_S: Final = 0.05
 MAX_HELD_BYTES: Final = 1024 * 1024
 #: a pipe that says it can be written to takes this much at once (POSIX: PIPE_BUF, on Linux one page)
@@ -26,13 +22,12 @@ PIPE_BYTES: Final = 4096
 
 
 class RequestLog:
-    """Writes records as JSON lines to a file descriptor (stderr by default)."""
+    """Writes JSON lines to a file descriptor (stderr by default)."""
 
     def __init__(self, fd: int = 2) -> None:
         self._fd = fd
         self._lines: list[bytes] = []
         self._held_bytes = 0
-        self._encode = msgspec.json.Encoder().encode
         self._timer: asyncio.TimerHandle | None = None
         #: asked before each write to what may block (a pipe, a socket, a terminal); None for a plain file
         self._poll: select.poll | None = None
@@ -41,8 +36,8 @@ class RequestLog:
             self._poll.register(fd, select.POLLOUT)
         self.dropped = 0  # lines given up because the reader of our output does not read
 
-    def post(self, record: Record) -> None:
-        line = self._encode(record)
+    def post(self, line: bytes) -> None:
+        """One record, encoded (`ledger.record.encode`)."""
         if self._held_bytes > MAX_HELD_BYTES:
             self.dropped += 1
             return

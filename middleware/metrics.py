@@ -53,4 +53,9 @@ class Metrics:
             error = exchange.error
             if error is not None:  # its traceback keeps the frames, they the request and its body: a cycle
                 error.__traceback__ = error.__context__ = error.__cause__ = None
-            self._settle(exchange)
+            try:
+                self._settle(exchange)
+            finally:
+                unsent = exchange.unsent
+                if unsent and (transport := request.transport) is not None:
+                    transport.writelines(unsent)

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from gateway.exchange import Exchange
-from gateway.ledger.record import record
+from gateway.ledger.record import encode, record
 from gateway.log import MAX_HELD_BYTES, RequestLog, trace
 
 
@@ -23,7 +23,7 @@ async def test_lines_are_gathered_and_written_at_once() -> None:
     reader, writer = os.pipe()
     log = RequestLog(writer)
     for _ in range(3):
-        log.post(record(one()))
+        log.post(encode(record(one())))
     await asyncio.sleep(0.1)
     lines = os.read(reader, 100_000).decode().splitlines()
     assert [json.loads(line)["request_id"] for line in lines] == ["req-1"] * 3
@@ -40,7 +40,7 @@ async def test_a_reader_that_does_not_read_costs_lines_and_no_time(blocking: boo
     posted = 0
     while log.dropped == 0:
         for _ in range(100):
-            log.post(record(one()))
+            log.post(encode(record(one())))
             posted += 1
         log.flush()
         assert posted < 50_000, "nothing is ever given up"
@@ -66,10 +66,10 @@ async def test_a_log_that_is_gone_stops_nothing() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     log = RequestLog(writer)
-    log.post(record(one()))
+    log.post(encode(record(one())))
     log.flush()
     assert log.lost() == 1
-    log.post(record(one()))
+    log.post(encode(record(one())))
     log.flush()
     assert log.lost() == 2
     os.close(writer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import Plan
@@ -13,11 +13,6 @@ from gateway.wire.usage import Usage
 
 if TYPE_CHECKING:
     from gateway.limits.limiter import Limiter
-
-#: reserved for an answer whose length the request leaves open
-OUTPUT_TOKENS: Final = 1024
-#: English text and JSON run at about four bytes a token
-BYTES_PER_TOKEN: Final = 4
 
 
 def admit(limiter: Limiter, exchange: Exchange, plan: Plan) -> Awaitable[None] | None:
@@ -31,19 +26,21 @@ def admit(limiter: Limiter, exchange: Exchange, plan: Plan) -> Awaitable[None] |
         return None
     if entry.fixed is not None:
         return limiter.admit(exchange, entry)
-    prompt = exchange.request_bytes // BYTES_PER_TOKEN + 1
-    completion = _output_tokens(plan.body, exchange.operation, model.context_window)
+    estimates = limiter.estimates
+    prompt = estimates.prompt(model.name, exchange.request_bytes)
+    unbounded = estimates.output(entry.principal.key_id, model.name)
+    completion = _output_tokens(plan.body, exchange.operation, model.context_window, unbounded)
     cost = prices.cost(Usage(prompt, completion), 0.0, model.price)
     return limiter.admit(exchange, entry, prompt, completion, cost)
 
 
-def _output_tokens(body: Body, operation: str, window: int | None) -> int:
-    """The most the answer may have, by the request's own word or else the default; no more than the model can."""
+def _output_tokens(body: Body, operation: str, window: int | None, unbounded: int) -> int:
+    """The most the answer may have by the request's own word, else `unbounded`; no more than the model can."""
     if operation == "embeddings":
         return 0
     asked = body.max_tokens
     if asked is None or asked <= 0:  # the runtime judges that; some take -1 for "no limit"
-        asked = OUTPUT_TOKENS
+        asked = unbounded
     if window is not None:
         asked = min(asked, window)
     return min(asked, 10**9) * min(max(1, body.n), 128)

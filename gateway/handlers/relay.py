@@ -4,6 +4,9 @@ The bytes are written to the client's transport right where they were read from 
 is one write with its head. A stream is a chunk for each read; backpressure of the client stops the reading of the
 upstream. Where the upstream fails, another may go on with the answer (`continuation`); else the failure becomes the API
 family's error event, never something that looks like an end.
+
+Only the end of an answer (all of one that came whole, a stream's last chunk) is left in `exchange.unsent`: it goes out
+when the record of the request is in the journal.
 """
 
 from __future__ import annotations
@@ -57,10 +60,7 @@ def relay_whole(
     if transport is None or transport.is_closing():
         raise asyncio.CancelledError
     exchange.committed = True
-    if len(data) < 65536:
-        transport.write(head + data)
-    else:
-        transport.writelines((head, data))
+    exchange.unsent = (head + data,) if len(data) < 65536 else (head, data)
     exchange.response_bytes = len(data)
     return SENT_KEEP if keep_alive else SENT_CLOSE
 
@@ -194,7 +194,7 @@ async def relay(
                     broken.message += f"; nobody else could go on: {kept.reason}"
                 send(_last_event(exchange, reply, meter, broken))
                 if chunked:
-                    write(_LAST_CHUNK)
+                    exchange.unsent = (_LAST_CHUNK,)
                 return SENT_CLOSE
             exchange.error, exchange.outcome = None, "ok"
             if isinstance(resumed, bytes):
@@ -212,12 +212,9 @@ async def relay(
         raise asyncio.CancelledError
     if tail:
         exchange.response_bytes += len(tail)
-        if chunked:
-            transport.writelines((b"%x\r\n" % len(tail), tail, b"\r\n", _LAST_CHUNK))
-        else:
-            transport.write(tail)
+        exchange.unsent = (b"%x\r\n" % len(tail), tail, b"\r\n", _LAST_CHUNK) if chunked else (tail,)
     elif chunked:
-        transport.write(_LAST_CHUNK)
+        exchange.unsent = (_LAST_CHUNK,)
     return SENT_KEEP if keep_alive else SENT_CLOSE
 
 

@@ -3,8 +3,8 @@
 Each entry is given to the system with its own write(2), at once, from where the fact happens:
 
 - `open` before the upstream is asked, so whatever an engine worked on is known here;
-- `post` in the same turn of the event loop in which the answer's last bytes are handed over. uvloop sends those at
-  the end of the turn, so a client that has seen the end of its answer has its record in the journal.
+- `post` before the answer's end is handed over (`Exchange.unsent`), so a client that has all of its answer has its
+  record in the journal.
 
 A write costs about a microsecond, less than the bookkeeping of gathering several would. The file is synced to the
 disk once a second in a thread: a loss of power can take the last second, the end of this process nothing.
@@ -28,13 +28,13 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
 from gateway.ledger import frames
-from gateway.ledger.record import Record
+from gateway.ledger.marks import Marks, progress
+from gateway.ledger.record import Record, encode
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
+    from gateway.ledger.tally import Tallies
 
 _log = logging.getLogger("gateway.ledger")
 
@@ -45,52 +45,11 @@ PROGRESS_S: Final = 1.0
 #: the open requests are looked at in this many slices, so that a thousand streams do not stop the loop at once
 SLICES: Final = 10
 _SAY_EVERY_S: Final = 60.0
-#: a prompt's tokens where nobody counted them, as everywhere in the gateway
-_BYTES_PER_TOKEN: Final = 4
 
 LOCK: Final = "lock"
 
 
-class Prices(msgspec.Struct, frozen=True, array_like=True):
-    """The price a request was admitted at; fields as in `gateway.config.Price`."""
-
-    input: float | None
-    cached_input: float | None
-    output: float | None
-    gpu_second: float | None
-
-
-class Opened(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A request as it was admitted: what its record needs if it never ends."""
-
-    id: str
-    at: float
-    route: str
-    method: str
-    key: str
-    group: str
-    model: str
-    provider: str
-    upstream: str
-    stream: bool
-    attempts: int
-    request_bytes: int
-    price: Prices | None
-
-
-class Progress(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What an open stream has used after `elapsed_s`."""
-
-    id: str
-    prompt: int
-    completion: int
-    cached: int
-    reasoning: int
-    elapsed_s: float
-
-
 _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
-_encode = msgspec.json.Encoder().encode
 _pack = frames.pack
 
 
@@ -104,6 +63,7 @@ class Journal:
         self.errors = 0
         self.lost = 0  # records given up because memory for them ran out, too
         self.failing = ""  # why nothing can be written now
+        self.tallies: Tallies | None = None  # told of each record that was written, if somebody ships them
         self._segment_bytes = segment_bytes
         self._segment = 0
         self._fd = -1
@@ -116,7 +76,8 @@ class Journal:
         self._round: list[Exchange] = []
         self._slice = 1
         self._turn = 0
-        self._held: deque[bytes] = deque()
+        self._held: deque[tuple[Record, bytes]] = deque()
+        self._marks = Marks()
         self._held_bytes = 0
         self._said_at = 0.0
         self._timer: asyncio.TimerHandle | None = None
@@ -161,16 +122,23 @@ class Journal:
         """The exchange is about to reach an upstream. Again for another upstream: the last word holds."""
         self._open[exchange.id] = exchange
         if self._fd >= 0 and not self.failing:
-            self._write(_pack(frames.OPEN, _encode(_opened(exchange))))
+            self._write(_pack(frames.OPEN, self._marks.opened(exchange)))
 
-    def post(self, record: Record) -> None:
-        """The record of a finished request, opened here or not."""
+    def post(self, record: Record, payload: bytes = b"") -> None:
+        """The record of a finished request, opened here or not; `payload`: the record encoded, where that was done."""
         self._open.pop(record.request_id, None)
         if self._marked:
             self._marked.pop(record.request_id, None)
-        frame = _pack(frames.FINAL, _encode(record))
-        if self.failing or not self._write(frame):
-            self._hold(frame)
+        payload = payload or encode(record)
+        if self.failing or not self._post(record, payload):
+            self._hold(record, payload)
+
+    def _post(self, record: Record, payload: bytes) -> bool:
+        if not self._write(_pack(frames.FINAL, payload)):
+            return False
+        if self.tallies is not None:
+            self.tallies.post(record, payload, self._segment << 32 | self._size)
+        return True
 
     @property
     def position(self) -> int:
@@ -206,12 +174,12 @@ class Journal:
         except OSError:
             self._torn = True  # readers skip to the next whole frame, and report what they skipped
 
-    def _hold(self, frame: bytes) -> None:
-        if self._held_bytes + len(frame) > HELD_MAX_BYTES:
+    def _hold(self, record: Record, payload: bytes) -> None:
+        if self._held_bytes + len(payload) > HELD_MAX_BYTES:
             self.lost += 1
             return
-        self._held.append(frame)
-        self._held_bytes += len(frame)
+        self._held.append((record, payload))
+        self._held_bytes += len(payload)
 
     def _failed(self, error: OSError) -> None:
         self.errors += 1
@@ -235,9 +203,9 @@ class Journal:
                 self._failed(error)
                 return
         while self._held:
-            if not self._write(self._held[0]):
+            if not self._post(*self._held[0]):
                 return
-            self._held_bytes -= len(self._held.popleft())
+            self._held_bytes -= len(self._held.popleft()[1])
         marks = self._open_marks()
         if not self._write(marks or b""):
             return
@@ -272,9 +240,9 @@ class Journal:
     def _open_marks(self) -> bytes:
         parts = []
         for exchange in self._open.values():
-            parts.append(_pack(frames.OPEN, _encode(_opened(exchange))))
+            parts.append(_pack(frames.OPEN, self._marks.opened(exchange)))
             if exchange.id in self._marked:
-                parts.append(_pack(frames.PROGRESS, _encode(_progress(exchange))))
+                parts.append(_pack(frames.PROGRESS, progress(exchange)))
         return b"".join(parts)
 
     # -- every tenth of a second ----------------------------------------------------------------------------------
@@ -305,7 +273,7 @@ class Journal:
                 continue
             if self._marked.get(exchange.id) != meter.events:
                 self._marked[exchange.id] = meter.events
-                marks.append(_pack(frames.PROGRESS, _encode(_progress(exchange))))
+                marks.append(_pack(frames.PROGRESS, progress(exchange)))
         if marks:
             self._write(b"".join(marks))
 
@@ -325,29 +293,3 @@ def _sync(fd: int | None, retired: list[int]) -> None:
     finally:
         for old in retired:
             os.close(old)
-
-
-def _opened(exchange: Exchange) -> Opened:
-    price = exchange.price
-    return Opened(
-        exchange.id,
-        exchange.began_unix_s,
-        exchange.route,
-        exchange.method,
-        exchange.key,
-        exchange.principal.group if exchange.principal is not None else "",
-        exchange.model,
-        exchange.provider,
-        exchange.upstream,
-        exchange.stream,
-        exchange.attempts,
-        exchange.request_bytes,
-        None if price is None else Prices(price.input, price.cached_input, price.output, price.gpu_second),
-    )
-
-
-def _progress(exchange: Exchange) -> Progress:
-    assert exchange.meter is not None
-    usage = exchange.meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
-    elapsed_s = time.monotonic() - exchange.began_at
-    return Progress(exchange.id, usage.prompt, usage.completion, usage.cached, usage.reasoning, round(elapsed_s, 6))

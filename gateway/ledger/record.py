@@ -10,12 +10,13 @@ import msgspec
 from gateway.exchange import Attempt, Exchange, LimitUse
 
 
-class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
+class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One request. Times in seconds; `at` is Unix time when the request began. No prompt, no answer, no secret.
 
     `status` is what the client was told, 499 where it had left. Token counts are what the upstream reported, or
     counted from the answer's events, then `estimated` is true; null where the request never reached a model. `cost` is
-    in currency units; null where no model was reached, and where the price of what was used is not known.
+    in currency units; null where no model was reached, and where the price of what was used is not known. Fields with a
+    default are left out where they have it.
     """
 
     at: float
@@ -51,8 +52,10 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=False):
     continued: int = 0  # times another upstream went on with the answer
     limits: tuple[LimitUse, ...] = ()  # arrays: name, scope, resource, reserved, used, source
     queued_s: float = 0.0  # of the duration: the wait for room on an upstream
-    ttft_predicted_s: float | None = None  # from the choice of the upstream on; null where nothing had to be predicted
-    believed_cached_tokens: int | None = None  # of the prompt, when the upstream was chosen, by the gateway's count
+
+
+#: a record as it lies in the journal and the store, and as its log line
+encode = msgspec.json.Encoder().encode
 
 
 def record(exchange: Exchange) -> Record:
@@ -99,8 +102,6 @@ def record(exchange: Exchange) -> Record:
         exchange.continued,
         exchange.limits,
         queued_s=_rounded(exchange.queued_s),
-        ttft_predicted_s=None if exchange.ttft_predicted_s is None else _rounded(exchange.ttft_predicted_s),
-        believed_cached_tokens=exchange.believed_cached,
     )
 
 

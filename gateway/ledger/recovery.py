@@ -19,9 +19,10 @@ from typing import Final, NamedTuple
 import msgspec
 
 from gateway.ledger import frames
-from gateway.ledger.journal import LOCK, Opened, Progress
+from gateway.ledger.journal import LOCK
+from gateway.ledger.marks import Opened, Progress
 from gateway.ledger.prices import cost
-from gateway.ledger.record import Record
+from gateway.ledger.record import Record, encode
 from gateway.wire.usage import Usage
 
 _log = logging.getLogger("gateway.ledger")
@@ -33,7 +34,6 @@ _BYTES_PER_TOKEN: Final = 4
 _decode_record = msgspec.json.Decoder(Record).decode
 _decode_opened = msgspec.json.Decoder(Opened).decode
 _decode_progress = msgspec.json.Decoder(Progress).decode
-_encode = msgspec.json.Encoder().encode
 
 
 class Entry(NamedTuple):
@@ -185,7 +185,7 @@ class Adopted:
         for entry in entries(self.folder, damaged=self.damaged):
             _follow(entry, unended, progress)
         records = [partial(one, progress.get(one.id)) for one in unended.values()]
-        data = b"".join([frames.pack(frames.FINAL, _encode(one)) for one in records]) + frames.CLOSE_FRAME
+        data = b"".join([frames.pack(frames.FINAL, encode(one)) for one in records]) + frames.CLOSE_FRAME
         _write_whole(frames.segment_path(self.folder, found[-1][0] + 1), data)
         self.recovered = len(records)
         if self.recovered:

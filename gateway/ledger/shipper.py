@@ -9,8 +9,12 @@ where it can (WAITAOF), says that the mark is on its disk: the mark is written o
 with a write is synced with all before it. One that forgot its last seconds, or whose replica took over without them,
 gets them again.
 
-While the store is away everything waits on disk; memory holds one batch. Without a store what dead processes left
-behind is ended, the journals are the ledger, and the oldest beyond `keep_bytes` is folded into sums (`folded`).
+This process's own records are added up as they are posted (`tally`), and shipped as sums for the part of the journal
+that they stand for; the journal is read for what no tally has: what others left behind, and what a store forgot or was
+away for too long to be kept in memory.
+
+While the store is away everything waits on disk. Without a store what dead processes left behind is ended, the journals
+are the ledger, and the oldest beyond `keep_bytes` is folded into sums (`folded`).
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ import msgspec
 
 from gateway.ledger import folded, frames
 from gateway.ledger.recovery import GATEWAY_ENDED, Adopted, adopt, decode, entries
-from gateway.ledger.totals import DAY_S, SUMS, Place, Sums, Totals, add, merge
+from gateway.ledger.tally import Tallies
+from gateway.ledger.totals import DAY_S, SUMS, Place, Sums, Totals, merge, of
 from gateway.store.client import StoreAway
 from gateway.store.scripts import Script
 
@@ -50,23 +55,35 @@ UNSYNCED_MAX: Final = 10
 #: of records one by one, without a store: a few hundred thousand
 KEEP_BYTES: Final = 256 * 1024 * 1024
 STREAM_MAX: Final = 100_000  # raw records kept
+READ_BYTES: Final = 1024 * 1024  # of raw records that are asked for at once, about
 HOURS_KEPT_S: Final = 100 * DAY_S
 SEPARATOR: Final = "\x1f"
 
-#: KEYS: marks, stream, hours, days. ARGV: journal, mark expected, mark after, stream length, seconds hours are kept,
-#: number of hours, number of sums, then (index of key, field, amount) for each, then the raw records.
+#: KEYS: marks, stream, number of records in the stream, hours, days. ARGV: journal, mark expected, mark after, records
+#: kept in the stream, seconds hours are kept, number of hours, number of raw records, these as one text, then (index of
+#: key, field, amount) for each sum. The stream's entries hold the records of one call each: n, and r, one a line.
 SHIP: Final = Script(
     "ship",
     """
 local mark = redis.call('HGET', KEYS[1], ARGV[1]) or '0'
 if mark ~= ARGV[2] then return mark end
-local at = 8
-for _ = 1, tonumber(ARGV[7]) do
+for at = 9, #ARGV, 3 do
   redis.call('HINCRBY', KEYS[tonumber(ARGV[at])], ARGV[at + 1], ARGV[at + 2])
-  at = at + 3
 end
-for i = 3, 2 + tonumber(ARGV[6]) do redis.call('EXPIRE', KEYS[i], ARGV[5]) end
-for i = at, #ARGV do redis.call('XADD', KEYS[2], 'MAXLEN', '~', ARGV[4], '*', 'r', ARGV[i]) end
+for i = 4, 3 + tonumber(ARGV[6]) do redis.call('EXPIRE', KEYS[i], ARGV[5]) end
+if ARGV[7] ~= '0' then
+  local kept = tonumber(redis.call('GET', KEYS[3]) or redis.call('XLEN', KEYS[2])) + tonumber(ARGV[7])
+  redis.call('XADD', KEYS[2], '*', 'n', ARGV[7], 'r', ARGV[8])
+  while kept > tonumber(ARGV[4]) do
+    local oldest = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1]
+    if not oldest then kept = 0 break end
+    local count = oldest[2][1] == 'n' and tonumber(oldest[2][2]) or 1
+    if kept - count < tonumber(ARGV[4]) then break end
+    redis.call('XDEL', KEYS[2], oldest[1])
+    kept = kept - count
+  end
+  redis.call('SET', KEYS[3], kept)
+end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 return ARGV[3]
 """,
@@ -85,12 +102,15 @@ return mark
 
 
 class Batch(NamedTuple):
-    """Records of a journal; `end` is the position behind the last, `read` that up to which there is no other."""
+    """Records read from a journal; `end` is the position behind the last, `read` that up to which there is no other."""
 
     payloads: list[bytes]
     records: list[Record]
     end: int
     read: int
+
+    def totals(self) -> Totals:
+        return of(self.records)
 
 
 def marks_key(store: Store) -> str:
@@ -99,6 +119,10 @@ def marks_key(store: Store) -> str:
 
 def records_key(store: Store) -> str:
     return store.key("usage", "records")
+
+
+def kept_key(store: Store) -> str:
+    return store.key("usage", "kept")
 
 
 def hour_key(store: Store, at: int) -> str:
@@ -136,6 +160,8 @@ class Shipper:
         self._grace_s = grace_s
         self._keep_bytes = keep_bytes
         self._own = _Source(journal.folder)
+        if store is not None:
+            journal.tallies = Tallies(journal.position)
         self._adopted: list[_Source] = []
         self._adopt_at = 0.0
         self._task: asyncio.Task[None] | None = None
@@ -224,29 +250,57 @@ class Shipper:
     async def _ship(self, source: _Source) -> None:
         """Everything the journal holds now."""
         store = self._store
+        tallies = self._journal.tallies
         assert store is not None
-        if source.mark < 0:
-            mark = await store.call("HGET", marks_key(store), source.folder.name, timeout_s=CALL_S)
-            source.mark = source.read = int(mark or 0)
+        assert tallies is not None
+        own = source is self._own
         while True:
-            batch = await asyncio.to_thread(read_batch, source.folder, source.read)
+            if source.mark < 0:
+                mark = await store.call("HGET", marks_key(store), source.folder.name, timeout_s=CALL_S)
+                self._stands_at(source, int(mark or 0))
+            if own and source.read >= tallies.start:
+                tally = tallies.first()
+                if tally is None:
+                    source.read = self._journal.position  # what follows the last record are marks
+                    tallies.restart(source.read)
+                    return
+                if await self._send(source, tally.totals, tally.payloads, tally.end):
+                    tallies.shipped(tally)
+                    source.read = tally.end
+                continue
+            until = tallies.start if own else None
+            batch = await asyncio.to_thread(read_batch, source.folder, source.read, until=until)
             if not batch.payloads:
-                source.read = batch.read
-                return
+                source.read = batch.read if until is None else until
+                if until is None:
+                    return
+                continue
             if source.adopted is not None:
                 batch = await self._unknown(batch)
-            try:
-                mark = int(
-                    await store.run(SHIP, *shipment(store, source.folder.name, source.mark, batch), timeout_s=CALL_S)
-                )
-            except StoreAway:
-                source.mark = -1  # it may have run
-                raise
-            if mark == batch.end:
-                self.shipped += len(batch.payloads)
-                source.mark, source.read = mark, batch.read
-            else:
-                source.mark = source.read = mark
+            if await self._send(source, batch.totals(), batch.payloads, batch.end):
+                source.read = batch.read
+
+    async def _send(self, source: _Source, totals: Totals, payloads: Sequence[bytes], end: int) -> bool:
+        """Move the mark to `end` with what lies before it; False if it is not where we thought, and so nothing was."""
+        assert self._store is not None
+        keys, args = shipment(self._store, source.folder.name, source.mark, end, totals, payloads)
+        try:
+            mark = int(await self._store.run(SHIP, keys, args, timeout_s=CALL_S))
+        except StoreAway:
+            source.mark = -1  # it may have run
+            raise
+        if mark != end:
+            self._stands_at(source, mark)
+            return False
+        self.shipped += len(payloads)
+        source.mark = mark
+        return True
+
+    def _stands_at(self, source: _Source, mark: int) -> None:
+        """The store has the journal up to `mark`."""
+        source.mark = source.read = mark
+        if source is self._own and self._journal.tallies is not None:
+            self._journal.tallies.align(mark, self._journal.position)
 
     async def _unknown(self, batch: Batch) -> Batch:
         """The batch without recovered records whose request has one in the store already: its own was shipped before
@@ -329,12 +383,14 @@ def _adopt(root: Path) -> list[Adopted]:
     return found
 
 
-def read_batch(folder: Path, after: int, limit: int = BATCH) -> Batch:
-    """The next records of a journal."""
+def read_batch(folder: Path, after: int, limit: int = BATCH, *, until: int | None = None) -> Batch:
+    """The next records of a journal; those that end behind `until` are left."""
     payloads: list[bytes] = []
     records: list[Record] = []
     end = read = after
     for entry in entries(folder, after):
+        if until is not None and entry.position > until:
+            break
         read = entry.position
         if entry.kind != frames.FINAL:
             continue
@@ -351,18 +407,16 @@ def read_batch(folder: Path, after: int, limit: int = BATCH) -> Batch:
     return Batch(payloads, records, end, read)
 
 
-def shipment(store: Store, journal: str, mark: int, batch: Batch) -> tuple[list[str], list[str | bytes | int]]:
+def shipment(
+    store: Store, journal: str, mark: int, end: int, hours: Totals, payloads: Sequence[bytes]
+) -> tuple[list[str], list[str | bytes | int]]:
     """Keys and arguments of SHIP."""
-    hours: Totals = {}
-    for record in batch.records:
-        add(hours, record)
     days: Totals = {}
     for place, sums in hours.items():
         merge(days, place._replace(at=place.at // DAY_S * DAY_S), sums)
-    keys = [marks_key(store), records_key(store)]
+    keys = [marks_key(store), records_key(store), kept_key(store)]
     indexes: dict[str, int] = {}
     increments: list[str | bytes | int] = []
-    count = 0
     hours_count = 0
     for name, totals in ((hour_key, hours), (day_key, days)):
         for place, sums in totals.items():
@@ -371,12 +425,12 @@ def shipment(store: Store, journal: str, mark: int, batch: Batch) -> tuple[list[
                 keys.append(key)
                 indexes[key] = len(keys)
             for field, amount in sums.items():
-                increments += (indexes[key], field_of(place, field), amount)
-                count += 1
+                if amount:
+                    increments += (indexes[key], field_of(place, field), amount)
         if name is hour_key:
             hours_count = len(indexes)
-    head: list[str | bytes | int] = [journal, mark, batch.end, STREAM_MAX, HOURS_KEPT_S, hours_count, count]
-    return keys, [*head, *increments, *batch.payloads]
+    head: list[str | bytes | int] = [journal, mark, end, STREAM_MAX, HOURS_KEPT_S, hours_count, len(payloads)]
+    return keys, [*head, b"\n".join(payloads), *increments]
 
 
 def sums_of(at: int, fields: Sequence[bytes]) -> dict[Place, Sums]:
@@ -389,13 +443,19 @@ def sums_of(at: int, fields: Sequence[bytes]) -> dict[Place, Sums]:
     return found
 
 
-async def newest(store: Store, chunk: int = 1000) -> AsyncIterator[tuple[bytes, bytes]]:
-    """(id, record as JSON) of the raw records in the store, newest first."""
+async def newest(store: Store) -> AsyncIterator[tuple[bytes, bytes]]:
+    """(id, record as JSON) of the raw records in the store, newest first. Records shipped together share an id."""
     last = "+"
+    chunk = 16
     while True:
         found = await store.call("XREVRANGE", records_key(store), last, "-", "COUNT", chunk, timeout_s=CALL_S)
+        size = 1
         for name, fields in found:
-            yield name, fields[b"r"]
+            size += len(fields[b"r"])
+            for payload in reversed(fields[b"r"].split(b"\n")):
+                yield name, payload
         if len(found) < chunk:
             return
         last = "(" + found[-1][0].decode()
+        # An entry holds one record or a thousand.
+        chunk = max(4, min(1000, chunk * READ_BYTES // size))

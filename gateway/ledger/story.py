@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from gateway.ledger import frames
-from gateway.ledger.journal import Opened
+from gateway.ledger.marks import Opened
 from gateway.ledger.recovery import decode, entries, journals
 from gateway.ledger.shipper import newest
 
@@ -68,7 +68,7 @@ def _find(root: Path, request_id: str) -> dict[str, Any] | None:
 
 
 def _told(record: Record, found_in: str) -> dict[str, Any]:
-    story = {"found_in": found_in, "open": False, **msgspec.to_builtins(record)}
+    story = {"found_in": found_in, "open": False, **msgspec.to_builtins(msgspec.structs.asdict(record))}
     story["limits"] = [msgspec.structs.asdict(one) for one in record.limits]
     return story
 

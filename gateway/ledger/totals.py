@@ -54,7 +54,8 @@ Totals = dict[Place, Sums]
 
 def add(totals: Totals, record: Record) -> None:
     """Count one record in its hour."""
-    place = Place(
+    # A plain tuple: it equals the Place of the same fields, and is made in a third of the time.
+    where = (
         int(record.at) // HOUR_S * HOUR_S,
         record.key,
         record.group,
@@ -62,24 +63,28 @@ def add(totals: Totals, record: Record) -> None:
         record.provider,
         record.upstream,
     )
-    sums = totals.get(place)
+    sums = totals.get(where)  # type: ignore[call-overload]
     if sums is None:
-        sums = totals[place] = {}
-    _count(sums, "requests", 1)
+        sums = totals[Place(*where)] = {}
+    get = sums.get
+    sums["requests"] = get("requests", 0) + 1
     if record.outcome != "ok":
         _count(sums, record.outcome, 1)
-    _count(sums, "upstream_ms", round(record.upstream_s * 1000))
+    sums["upstream_ms"] = get("upstream_ms", 0) + round(record.upstream_s * 1000)
     if record.prompt_tokens is None:
         return
-    _count(sums, "input_tokens", record.prompt_tokens)
-    _count(sums, "cached_tokens", record.cached_tokens or 0)
-    _count(sums, "output_tokens", record.completion_tokens or 0)
-    _count(sums, "reasoning_tokens", record.reasoning_tokens or 0)
-    _count(sums, "estimated", record.estimated)
+    sums["input_tokens"] = get("input_tokens", 0) + record.prompt_tokens
+    sums["output_tokens"] = get("output_tokens", 0) + (record.completion_tokens or 0)
+    if record.cached_tokens:
+        _count(sums, "cached_tokens", record.cached_tokens)
+    if record.reasoning_tokens:
+        _count(sums, "reasoning_tokens", record.reasoning_tokens)
+    if record.estimated:
+        _count(sums, "estimated", 1)
     if record.cost is None:
-        _count(sums, "unpriced", 1)
+        sums["unpriced"] = get("unpriced", 0) + 1
     else:
-        _count(sums, "priced", 1)
+        sums["priced"] = get("priced", 0) + 1
         _count(sums, "cost_nano", nano(record.cost))
 
 

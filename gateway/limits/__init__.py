@@ -2,6 +2,7 @@
 
 - `spec`     what a limit and a budget are, and how they are read; pure
 - `bucket`   the arithmetic of a bucket, in integers; pure, the reference for `take.lua`
+- `estimate` what a request will use, learned upward from what was used; pure
 - `local`    a process's side of a bucket: what it has on loan, what it owes, its share when on its own
 - `redis`    the store's side: batches of decisions, one call of `take.lua` in flight at a time
 - `texts`    what a refusal says
@@ -14,7 +15,9 @@ that off the bucket afterwards; a loss of the store costs at most one burst for 
 
 A limit reached is 429; a budget spent is 402 in OpenAI's shape of `insufficient_quota` with `x-should-retry: false`,
 for waiting a little does not help. A budget admits while anything is left of it, and reserves what each request is
-estimated to use, so it is passed by one request at most.
+estimated to use, so it is passed by one request at most, as far as the estimates hold. Those of answers whose length
+nobody bounded may not: what such an answer uses beyond its estimate is charged while it still comes, and while a bucket
+is in debt nothing is admitted.
 
 May import the store and the errors.
 """

@@ -6,15 +6,17 @@ call of the store's script; on this process's share while the store is away; alw
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gateway.errors import GatewayError
 from gateway.limits import bucket as arithmetic
 from gateway.limits import texts
 from gateway.limits.bucket import MICRO
+from gateway.limits.estimate import Estimates
 from gateway.limits.local import BUDGET, SLOTS, Bucket, Needs, need_of, shared_out, take_loaned, take_share, used_of
 from gateway.limits.redis import Shared
 from gateway.limits.spec import FOR_EVER, Limit, period_of
@@ -24,6 +26,10 @@ from gateway.store.client import Store, StoreAway, StoreError
 if TYPE_CHECKING:
     from gateway.exchange import Exchange, LimitUse
     from gateway.identity.principals import Principal
+    from gateway.wire.usage import Usage
+
+#: (usage, seconds of the upstream, price) -> currency units, None where the price is not known
+Cost = Callable[["Usage", float, Any], float | None]
 
 _log = logging.getLogger("gateway.limits")
 
@@ -31,10 +37,17 @@ _YEARS_MS: Final = 10 * 366 * 86400 * 1000
 _SLOT_LIFE_MS: Final = 60_000
 _KEPT_MS: Final = 600_000
 _ENTRIES_MAX: Final = 20_000
+#: how often answers that are still coming are compared with what was reserved for them
+_LOOK_EVERY_S: Final = 0.25
+_BYTES_PER_TOKEN: Final = 4
 _REQUESTS: Final = (
     b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\nx-ratelimit-reset-requests: %b\r\n"
 )
 _TOKENS: Final = _REQUESTS.replace(b"-requests", b"-tokens")
+
+
+def _no_cost(usage: Usage, upstream_s: float, price: Any) -> float | None:
+    return None
 
 
 class Taken:
@@ -81,15 +94,22 @@ class Entry:
 class Limiter:
     """`limits` hold for all keys; a key's own come with its principal, and replace the general ones of their name.
 
-    `part`: how much of each limit this process grants by itself while the store is away. `refused` counts by name and
+    `part`: how much of each limit this process grants by itself while the store is away. `cost` prices what a running
+    answer has used so far. `refused` counts by name and
     scope, `observed` by name.
     """
 
-    def __init__(self, limits: Sequence[Limit], store: Store | None, *, part: float = 1.0) -> None:
+    def __init__(
+        self, limits: Sequence[Limit], store: Store | None, *, part: float = 1.0, cost: Cost = _no_cost
+    ) -> None:
         self._limits = tuple(limits)
+        self._cost = cost
         self._store = store
         self._part = part if store is not None else 1.0
         self._shared = Shared(store, part, self._give_back) if store is not None else None
+        self._running: dict[Exchange, Taken] = {}  # those whose needs depend on their tokens
+        self._timer: asyncio.TimerHandle | None = None
+        self.estimates = Estimates()
         self._entries: dict[tuple[str, str, str], Entry] = {}
         self._buckets: dict[str, Bucket] = {}
         self.refused: dict[tuple[str, str], int] = {}
@@ -116,6 +136,9 @@ class Limiter:
 
     async def stop(self) -> None:
         """Give back what is on loan and tell the store what is owed."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._shared is not None and not await self._shared.flush():
             _log.warning("the store is away: what requests used since it went is not charged to their limits")
 
@@ -150,6 +173,8 @@ class Limiter:
         if take_loaned(needs, now):
             taken.needs = needs
             exchange.taken = taken
+            if entry.fixed is None:
+                self._run(exchange, taken)
             self._tell(exchange, entry, now)
             return None
         for bucket, amount in needs:
@@ -177,6 +202,8 @@ class Limiter:
         if len(taken.needs) < len(needs):
             held = [bucket for bucket, _ in taken.needs]
             self._observe([bucket for bucket, _ in needs if bucket not in held])
+        if entry.fixed is None:
+            self._run(exchange, taken)
         self._tell(exchange, entry, now)
 
     def _alone(self, exchange: Exchange, entry: Entry, needs: Needs, taken: Taken, now: float) -> None:
@@ -192,11 +219,39 @@ class Limiter:
         taken.alone = True
         taken.source = "share"
         exchange.taken = taken
+        if entry.fixed is None:
+            self._run(exchange, taken)
         self._tell(exchange, entry, now)
 
     def _observe(self, buckets: Sequence[Bucket]) -> None:
         for bucket in buckets:
             self.observed[bucket.name] = self.observed.get(bucket.name, 0) + 1
+
+    # -- while it runs ------------------------------------------------------------------------------------------
+
+    def _run(self, exchange: Exchange, taken: Taken) -> None:
+        self._running[exchange] = taken
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)
+
+    def _look(self) -> None:
+        """Charge streams that have used more than was reserved for them, so that nobody is admitted on what is gone."""
+        self._timer = None
+        for exchange, taken in self._running.items():
+            meter = exchange.meter
+            if meter is None or not meter.events:
+                continue
+            usage = meter.result(exchange.request_bytes // _BYTES_PER_TOKEN)
+            cost = self._cost(usage, monotonic() - exchange.began_at, exchange.price)
+            needs = list(taken.needs)
+            for index, (bucket, amount) in enumerate(needs):
+                used = used_of(bucket, usage.prompt, usage.completion, cost)
+                if used is not None and used > amount:
+                    self._charge(bucket, used - amount, taken.alone)
+                    needs[index] = bucket, used
+            taken.needs = needs
+        if self._running:
+            self._timer = asyncio.get_running_loop().call_later(_LOOK_EVERY_S, self._look)
 
     # -- after --------------------------------------------------------------------------------------------------
 
@@ -211,6 +266,9 @@ class Limiter:
         exchange.taken = None
         usage = exchange.usage
         needs = taken.needs
+        if taken.entry.fixed is None:
+            self._running.pop(exchange, None)
+            self._learn(exchange)
         if usage is None:
             self._settle(taken, 0, 0, 0.0)
         else:
@@ -219,6 +277,14 @@ class Limiter:
             exchange.limits = taken.entry.uses[taken.source]
         elif taken.source:
             exchange.limits = _uses(taken, needs, exchange)
+
+    def _learn(self, exchange: Exchange) -> None:
+        usage = exchange.usage
+        if usage is not None and not usage.estimated and exchange.principal is not None:
+            choices = max(1, exchange.body.n) if exchange.body is not None else 1
+            output = -(-usage.completion // choices)
+            key_id = exchange.principal.key_id
+            self.estimates.learn(key_id, exchange.model, exchange.request_bytes, usage.prompt, output)
 
     def _give_back(self, taken: Taken) -> None:
         needs, taken.needs = taken.needs, ()
@@ -240,9 +306,12 @@ class Limiter:
             if bucket.share is not None:
                 arithmetic.charge(bucket.share, shared_out(bucket, self._part), amount)
             return
-        if 0 < amount <= bucket.loan:
-            bucket.loan -= amount
-            return
+        if amount > 0:  # of what is on loan first: nothing is granted from a loan while its bucket is in debt
+            lent = min(amount, bucket.loan)
+            bucket.loan -= lent
+            amount -= lent
+            if not amount:
+                return
         bucket.owed += amount
         self._shared.owe(bucket)
 

@@ -43,17 +43,15 @@ T = TypeVar("T", bound=Candidate)
 class Ask:
     """What is asked: about `tokens` of prompt. `fingerprint` hashes it when a policy first looks, if one does.
 
-    `session` is the client's own word for what belongs together, "" without one; it, too, is looked for when asked.
+    `session` is the client's own word for what belongs together, "" without one.
     """
 
-    __slots__ = ("_fingerprint", "_prompt", "_session", "model", "now", "tokens")
+    __slots__ = ("_fingerprint", "_prompt", "model", "now", "session", "tokens")
 
-    def __init__(
-        self, model: str, tokens: int, fingerprint: Callable[[], Prompt], session: Callable[[], str], now: float
-    ) -> None:
+    def __init__(self, model: str, tokens: int, fingerprint: Callable[[], Prompt], session: str, now: float) -> None:
         self.model = model
         self.tokens = tokens
-        self._session = session
+        self.session = session
         self.now = now
         self._fingerprint = fingerprint
         self._prompt: Prompt | None = None
@@ -63,10 +61,6 @@ class Ask:
         if self._prompt is None:
             self._prompt = self._fingerprint()
         return self._prompt
-
-    @property
-    def session(self) -> str:
-        return self._session()
 
     @property
     def hashed(self) -> Prompt | None:
@@ -139,10 +133,9 @@ def power_of_two(candidates: Sequence[T], ask: Ask) -> Choice[T]:
 
 def session(candidates: Sequence[T], ask: Ask) -> Choice[T]:
     """Always the same one for a session, by rendezvous hashing: if one goes, only its sessions move."""
-    key = ask.session
-    if not key:
+    if not ask.session:
         return least_inflight(candidates, ask)
-    chosen = max(candidates, key=lambda one: _rendezvous(one, key))
+    chosen = max(candidates, key=lambda one: _rendezvous(one, ask.session))
     return Choice(chosen, "session", 0, ask.tokens)
 
 

@@ -105,6 +105,10 @@ def main() -> int:
         print("the benchmark reads /proc and pins processes to cores: Linux only", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, _terminated)
+    if sys.argv[1:2] == ["fleet"]:
+        from .fleet import command
+
+        return command.main(sys.argv[2:])
     parser = _parser()
     given = parser.parse_args()
     options = _options(parser, given)

@@ -71,6 +71,7 @@ class Outcome:
     began_at: float = 0.0
     head_s: float = 0.0
     took_s: float = 0.0
+    prompt: str = ""  # what the last message said
 
     @property
     def events(self) -> list[Any]:
@@ -98,6 +99,10 @@ class Outcome:
         good = self.whole and (not self.stream or self.body.endswith(b"data: [DONE]\n\n"))
         return "done" if good else "broken"
 
+    @property
+    def request_id(self) -> str:
+        return self.header("X-Request-Id") or ""
+
     def header(self, name: str) -> str | None:
         return Answer(self.status, self.headers, b"", []).header(name)
 
@@ -108,6 +113,7 @@ class Outcome:
 async def ask(client: Client, body: dict[str, Any], path: str = CHAT) -> Outcome:
     loop = asyncio.get_running_loop()
     outcome = Outcome(0, stream=bool(body.get("stream")), began_at=loop.time())
+    outcome.prompt = body["messages"][-1]["content"] if body.get("messages") else ""
     try:
         async with asyncio.timeout(ASK_S):
             client.send("POST", path, body)
@@ -174,7 +180,7 @@ class Load:
                     continue
             outcome = await ask(client, body)
             self.outcomes.append(outcome)
-            if not outcome.whole or (outcome.header("Connection") or "").lower() == "close":
+            if outcome.kind == "broken" or not outcome.whole or (outcome.header("Connection") or "").lower() == "close":
                 client.abort()
                 client = None
             await asyncio.sleep(self._pause_s)

@@ -50,6 +50,9 @@ class Front:
         except asyncio.CancelledError:
             exchange.outcome = "client_gone"
             raise
+        finally:
+            if request.transport is not None:
+                request.transport.writelines(exchange.unsent)
 
     async def get(self, path: str) -> tuple[int, Any]:
         async with self._session.get(self.url + path) as response:

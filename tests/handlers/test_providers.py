@@ -78,7 +78,11 @@ async def front(*providers: Listed, models: frozenset[str] | None = None, **more
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
             exchange = request[EXCHANGE] = Exchange("req-1", request.method, request.path, 0.0, 0.0)
             exchange.principal = Principal("someone", "id", models=models)
-            return await handler(request)
+            try:
+                return await handler(request)
+            finally:
+                if request.transport is not None:
+                    request.transport.writelines(exchange.unsent)
 
         server = web.Server(answer)
         listening = await asyncio.get_running_loop().create_server(server, "127.0.0.1", 0)
