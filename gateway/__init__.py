@@ -12,6 +12,7 @@ Rooms
     answer          what the gateway says itself: JSON, errors, status lines, as bytes
     metrics, log    every metric; the one log line per request
     catalog         providers, models, aliases -> an immutable route Table, swapped whole
+    importers       other gateways' configurations -> our TOML
     fleet           what changes it while it runs: reloads, DNS names, drains
     identity        principals (who may do what), keys (made, hashed, looked up)
     oidc            tokens of a trusted issuer (JWT) instead of keys; optional
@@ -29,7 +30,7 @@ Rooms
     middleware/     (beside this package) the order is in its `stack`
 
 Imports go downwards; tests/test_imports.py holds the table and fails on a breach. `wire`, `errors`, `exchange`,
-`runtimes`, `routing` and `upstreams.policies` are pure: no I/O, no clock. Bytes reach runtimes through
+`runtimes` and `routing` are pure: no I/O, no clock. Bytes reach runtimes through
 `upstreams.transport` only, aiohttp's ClientSession lives in `upstreams.control` only, prometheus_client in `metrics`
 and `app`, redis in `store`.
 

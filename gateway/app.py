@@ -73,6 +73,7 @@ UNLIMITED: Final = frozenset(
 #: settings that hold until the process ends
 FIXED: Final = (
     *("listen", "metrics_listen", "keepalive_timeout_s", "data_dir", "redis_url", "store", "ledger", "demo"),
+    "prefix_index_bytes",
     *(field.name for field in fields(Config) if field.name.startswith("oidc_")),
 )
 
@@ -87,7 +88,7 @@ class App:
 
     def __init__(self, config: Config, keys: KeyRing) -> None:
         self.config = config
-        self.catalog = Catalog(config.providers)
+        self.catalog = Catalog(config.providers, config.prefix_index_bytes)
         self.metrics = Metrics(CollectorRegistry(), lambda: self.catalog.upstreams)
         self.store = Store.open(config.store, config.redis_url.value, config.data_dir)
         self.metrics.store = self.store.series if self.store is not None else None
@@ -122,6 +123,8 @@ class App:
             gate=self.gate,
             changed=self._moved,
             doubted=self.prober.doubt,
+            policy=config.policy,
+            salted=config.cache_salt,
         )
         self.metrics.retries = lambda: self.dispatcher.retries
         self.continuations = Continuations(config.continue_streams)
@@ -183,6 +186,8 @@ class App:
         self.comments.every_s = config.comment_s
         self.dispatcher.attempts = config.attempts
         self.continuations.enabled = config.continue_streams
+        self.dispatcher.policy = config.policy
+        self.dispatcher.salted = config.cache_salt
         self.dispatcher.budget.part = config.retry_budget
         logging.getLogger("gateway").setLevel(config.log_level.upper())
         if config.access_log != before.access_log:
@@ -319,6 +324,8 @@ class App:
 
     def _changed(self, upstream: Upstream) -> None:
         health = upstream.health
+        if health.gone:  # whatever comes back at this address has an empty cache
+            upstream.load.index.clear()
         level = logging.INFO if health.status == "ok" else logging.WARNING
         reason = f": {health.reason}" if health.reason else ""
         _log.log(level, "upstream %s is %s%s", upstream.name, health.status, reason)

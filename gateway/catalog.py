@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from gateway.config import Lookup, Model, Provider
+from gateway.routing.prefix import Bound, Index
 from gateway.runtimes import RUNTIMES, Runtime
 from gateway.upstreams.upstream import Upstream
 
@@ -47,6 +48,12 @@ class Offer:
         self.upstream = upstream
         self.heads: dict[str, bytes] = {}
         self.quiet_until = quiet_until
+
+    @property
+    def unloaded(self) -> bool:
+        """The upstream must load the model before it answers."""
+        upstream = self.upstream
+        return upstream.tells_loaded and self.model.name not in upstream.loaded
 
     def __repr__(self) -> str:
         return f"<Offer {self.model.name} at {self.upstream.name}>"
@@ -166,7 +173,8 @@ class Catalog:
     its health and all that was learned of it, whatever else a reload changes.
     """
 
-    def __init__(self, providers: Iterable[Provider]) -> None:
+    def __init__(self, providers: Iterable[Provider], index_bytes: int = 64 * 1024 * 1024) -> None:
+        self._bound = Bound(index_bytes)
         self._providers: tuple[Provider, ...] = ()
         self._upstreams: dict[str, tuple[Upstream, ...]] = {}
         self._known: dict[Place, Upstream] = {}
@@ -227,7 +235,12 @@ class Catalog:
                 if place in known:
                     continue
                 upstream = self._known.get(place) or Upstream(
-                    provider.name, provider.name, RUNTIMES[provider.runtime or "openai"], host.base_url, host.address
+                    provider.name,
+                    provider.name,
+                    RUNTIMES[provider.runtime or "openai"],
+                    host.base_url,
+                    host.address,
+                    index=Index(self._bound),
                 )
                 known[place] = upstream
                 upstream.name = _unique(upstream, names) if several else provider.name

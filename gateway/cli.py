@@ -1,4 +1,4 @@
-"""The command line: `llm-gateway serve | check | doctor | keys | usage | explain | reconcile | upstreams | sim`.
+"""The command line: `llm-gateway COMMAND`; the commands are those of `_parser`.
 
 Exit codes: 0 done, 1 could not run (port in use, data directory not writable), 2 wrong usage or configuration.
 Rooms are imported by the command that needs them, so that `check` and `--help` start at once.
@@ -87,6 +87,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
         fleet_cli.add_commands(upstreams, _configuration_flags)
         upstreams.set_defaults(run=_upstreams)
+
+    importing = commands.add_parser("import", help="read another gateway's configuration", allow_abbrev=False)
+    if command == "import":
+        from gateway.importers import cli as import_cli
+
+        import_cli.add_arguments(importing)
+        importing.set_defaults(run=lambda args: import_cli.run(args, os.environ))
 
     sim = commands.add_parser("sim", help="the engine simulator")
     if command == "sim":

@@ -62,6 +62,7 @@ class Exchange:
         "attempts_made",
         "began_at",
         "began_unix_s",
+        "believed_cached",
         "body",
         "commented_at",
         "committed",
@@ -96,6 +97,7 @@ class Exchange:
         "status",
         "stream",
         "taken",
+        "ttft_predicted_s",
         "unsent",
         "upstream",
         "upstream_s",
@@ -134,6 +136,10 @@ class Exchange:
         self.attempts_made: Sequence[Attempt] = ()
         self.route_reason = ""  # why this upstream, in one word
         self.continued = 0  # times another upstream went on with the answer
+        #: when it was chosen: seconds to the first token, None where the policy predicts none, and prompt tokens that
+        #: the upstream was believed to have in its cache
+        self.ttft_predicted_s: float | None = None
+        self.believed_cached: int | None = None
         self.committed = False  # bytes of an answer went to the client: no error can be rendered any more
         #: a stream's head and comments went to the client while it waited, nothing of an answer: errors are events
         self.head_sent = False

@@ -36,8 +36,9 @@ ROOMS: dict[str, frozenset[str]] = {
     "oidc": frozenset({"identity", "limits", "errors"}),
     "ledger": frozenset({"store", "wire", "errors", "exchange"}),
     "upstreams": frozenset({"routing", "runtimes", "wire", "errors", "metrics"}),
-    "config": frozenset({"runtimes", "upstreams", "identity", "limits", "oidc", "store", "errors"}),
-    "catalog": frozenset({"config", "upstreams", "runtimes", "errors"}),
+    "config": frozenset({"routing", "runtimes", "upstreams", "identity", "limits", "oidc", "store", "errors"}),
+    "catalog": frozenset({"routing", "config", "upstreams", "runtimes", "errors"}),
+    "importers": frozenset({"config"}),
     "fleet": frozenset({"catalog", "config", "errors", "store", "upstreams"}),
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
     "sim": frozenset({"wire", "errors"}),
@@ -84,7 +85,7 @@ ROOMS: dict[str, frozenset[str]] = {
             "sim",
             "log",
         }
-        | {"store", "upstreams"}
+        | {"importers", "store", "upstreams"}
     ),
     "doctor": frozenset({"config", "server", "store", "errors"}),
     "__main__": frozenset({"cli"}),
@@ -106,7 +107,6 @@ PURE = (
     "identity.principals",
     "oidc.grants",
     "oidc.issuer",
-    "upstreams.policies",
     "upstreams.upstream",
     "ledger.prices",
     "store.address",
@@ -128,6 +128,7 @@ DOORS = {
     "xxhash": ("routing.prefix",),
     "dotenv": ("config",),
     "dns": ("fleet.names",),
+    "yaml": ("importers",),
     "joserfc": ("oidc",),
 }
 
@@ -246,7 +247,7 @@ def test_import_rules(module: str) -> None:
         ("wire.sse", "import aiohttp", "pure"),
         ("wire.sse", "def late():\n    from gateway import catalog", "may import"),
         ("exchange", "import urllib.request", "pure"),
-        ("upstreams.policies", "from gateway.upstreams.transport import Transport", "transport is not"),
+        ("upstreams.upstream", "from gateway.upstreams.transport import Transport", "transport is not"),
         ("handlers.relay", "import gateway.app", "may import"),
         ("handlers.relay", "from ..admin import pages", "may import"),
         ("middleware.auth", "from gateway.handlers.proxy import proxy", "may import"),

@@ -105,10 +105,9 @@ class Upstreams:
 
 
 def _learned(upstream: Upstream) -> dict[str, float | None] | None:
-    """The rates that answers taught, in tokens a second."""
-    load = getattr(upstream, "load", None)
-    shown = getattr(load, "learned", None)
-    return dict(shown()) if callable(shown) else None
+    """By model, the prompt tokens a second that answers taught."""
+    rates = upstream.load.rates
+    return {model: rate.value for model, rate in rates.items()} if rates else None
 
 
 def _utc(unix_s: float) -> str:

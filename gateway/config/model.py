@@ -14,6 +14,7 @@ from typing import Literal
 
 from gateway.limits.spec import Limit
 from gateway.oidc.grants import Grant
+from gateway.routing.policies import DEFAULT
 from gateway.upstreams.upstream import Timeouts
 
 _KNOWN_PREFIX = re.compile(r"llmgw_|sk-|hf_|gsk_|")
@@ -93,6 +94,7 @@ class Model:
     price: Price | None = None
     fallbacks: tuple[str, ...] = ()
     continues: bool | None = None
+    policy: str = ""  # a name in POLICIES; "" for the gateway's
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +240,9 @@ class Config:
     #: how long a pooled upstream connection may idle: uvicorn and llama.cpp close theirs after 5 s
     upstream_idle_s: float = 4.0
     attempts: int = 3  # upstreams that one request may be sent to, the first included
+    policy: str = DEFAULT  # a name in POLICIES
+    cache_salt: Literal["group", "key", "off"] = "group"  # whose prompts share a vLLM's prefix cache
+    prefix_index_bytes: int = 64 * 1024 * 1024
     retry_budget: float = 0.1  # part of the requests that may be sent once more
     continue_streams: bool = True
     shutdown_s: float = 30.0

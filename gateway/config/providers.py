@@ -28,6 +28,7 @@ from gateway.config.entries import Entry, Report
 from gateway.config.files import Files
 from gateway.config.model import Lookup, Model, Price, Provider, Secret
 from gateway.config.parsing import Collector, Refused
+from gateway.routing.policies import POLICIES
 from gateway.runtimes import RUNTIMES
 from gateway.upstreams.upstream import Timeouts
 
@@ -52,6 +53,7 @@ _MODEL_KEYS: Final = (
     "price",
     "fallbacks",
     "continue",
+    "policy",
 )
 _PRICE_KEYS: Final = ("input", "cachedInput", "output", "gpuSecond")
 _TIMEOUT_KEYS: Final = ("connect", "firstByte", "idle", "total")
@@ -284,6 +286,7 @@ class Reader(Report):
             self._price(entry),
             self._fallbacks(entry),
             entry.take("continue", _on_off_auto, None),
+            entry.take("policy", parsing.choice(*POLICIES), ""),
         )
 
     def _fallbacks(self, entry: Entry) -> tuple[str, ...]:

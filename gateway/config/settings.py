@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gateway.config import parsing
+from gateway.routing.policies import POLICIES
 
 
 def _many(raw: object) -> object:
@@ -88,6 +89,13 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("keepalive_timeout_s", _seconds, "how long an idle client connection, or one sending headers, is kept"),
     _setting("upstream_idle_s", _seconds_or_zero, "how long an idle upstream connection is kept; 0 is never"),
     _setting("attempts", parsing.whole(1, 100), "times a request may be sent until an answer begins"),
+    _setting("policy", parsing.choice(*POLICIES), "how an upstream is chosen, where a model does not say"),
+    _setting(
+        "cache_salt",
+        parsing.choice("group", "key", "off"),
+        "whose prompts share a vLLM's prefix cache: those of a key's group, of one key, or everybody's",
+    ),
+    _setting("prefix_index_bytes", parsing.whole(64 * 1024, 2**40), "memory for what upstreams have in their caches"),
     _setting("retry_budget", parsing.number(most=1.0), "part of the requests that may be sent again"),
     _setting("continue_streams", parsing.switch, "go on elsewhere with a streamed answer whose engine failed"),
     _setting("shutdown_s", _seconds_or_zero, "how long running requests may finish after SIGTERM"),

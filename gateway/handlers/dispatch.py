@@ -22,17 +22,20 @@ from gateway import __version__
 from gateway.catalog import Offer
 from gateway.errors import BadRequest, NoCapacity, UpstreamError, UpstreamTimeout
 from gateway.exchange import Attempt, Exchange
+from gateway.handlers.asking import CacheSalt, ask_for, cache_salt
 from gateway.handlers.gate import Gate
 from gateway.handlers.resolve import Plan
 from gateway.routing.eligible import eligible, quiet_for_s
 from gateway.routing.fair import FairQueue
+from gateway.routing.policies import DEFAULT, POLICIES, Ask, Choice
 from gateway.routing.retries import RULES, UNKNOWN, RetryBudget, backoff_s, retry_after_s
-from gateway.upstreams.policies import least_in_flight
 from gateway.upstreams.reply import Reply
 from gateway.upstreams.transport import Transport
 from gateway.upstreams.upstream import Lease, Upstream
 from gateway.wire.body import Body, usage_options
 
+#: operations whose prompts runtimes keep in a prefix cache
+_SALTED: Final = frozenset({"chat", "completions"})
 _USER_AGENT: Final = b"local-llm-gateway/" + __version__.encode()
 
 
@@ -53,6 +56,8 @@ class Dispatcher:
         gate: Gate | None = None,
         changed: Callable[[Upstream], None] | None = None,
         doubted: Callable[[Upstream], None] | None = None,
+        policy: str = DEFAULT,
+        salted: CacheSalt = "group",
     ) -> None:
         self._transport = transport
         self.admitted = admitted
@@ -61,10 +66,14 @@ class Dispatcher:
         self.gate = gate or Gate(FairQueue())
         self.changed = changed
         self.doubted = doubted
+        self.policy = policy
+        self.salted: CacheSalt = salted
         self.retries = 0
 
     def dispatch(self, exchange: Exchange, plan: Plan) -> Dispatch:
         self.budget.arrived()
+        if plan.operation in _SALTED:
+            plan.cache_salt = cache_salt(exchange.principal, self.salted)
         return Dispatch(self, self._transport, exchange, plan)
 
     def succeeded(self, upstream: Upstream, now: float) -> None:
@@ -89,6 +98,7 @@ class Dispatch:
 
     __slots__ = (
         "_able",
+        "_ask",
         "_began_at",
         "_dispatcher",
         "_exchange",
@@ -109,6 +119,7 @@ class Dispatch:
         self._plan = plan
         self._reply: Reply | None = None
         self._lease: Lease | None = None
+        self._ask: Ask | None = None
         self._offer = plan.offers[0]
         self._tier = 0
         #: upstreams that failed this request
@@ -166,12 +177,11 @@ class Dispatch:
             room = ready if exchange.committed else dispatcher.gate.room(ready)  # the rest of an answer cannot wait
             if not room:
                 room = await self._room(ready)
-            offer = self._offer = self._choose(room)
+            now = self._sent_at = monotonic()
+            offer = self._offer = self._choose(room, now)
             upstream = offer.upstream
-            self._lease = upstream.lease()
             if upstream.limit is not None:
                 dispatcher.gate.began(exchange, upstream)
-            now = self._sent_at = monotonic()
             if not upstream.breaker.clear:
                 upstream.breaker.chosen(now)
             exchange.attempts += 1
@@ -209,6 +219,9 @@ class Dispatch:
                 if exchange.attempts_made:
                     self._note("ok", reply.first_byte_at)
             exchange.first_byte_at = reply.first_byte_at
+            if reply.streaming:
+                assert self._lease is not None
+                self._lease.began(reply.first_byte_at)
             return reply
 
     async def __aexit__(
@@ -243,9 +256,29 @@ class Dispatch:
                 raise self._nobody()
         return room
 
-    def _choose(self, ready: Sequence[Offer]) -> Offer:
-        """One of `ready`, which is not empty."""
-        return ready[0] if len(ready) == 1 else least_in_flight(ready)
+    def _choose(self, ready: Sequence[Offer], now: float) -> Offer:
+        """One of `ready`, which is not empty; its load is counted here and now, before the next request's choice."""
+        exchange = self._exchange
+        streamed = exchange.stream
+        if len(self._plan.tiers[self._tier]) == 1:  # nothing to choose, now or later: the prompt is not looked at
+            offer = ready[0]
+            exchange.route_reason = "only"
+            self._lease = offer.upstream.lease(0, now, offer.model.name, streamed=streamed)
+            return offer
+        ask = self._ask
+        if ask is None or ask.model != ready[0].model.name:
+            ask = self._ask = ask_for(self._plan, ready[0], now)
+        ask.now = now
+        choose = POLICIES[ready[0].model.policy or self._dispatcher.policy]
+        choice: Choice[Offer] = choose(ready, ask)
+        exchange.route_reason = "only" if len(ready) == 1 else choice.reason
+        exchange.ttft_predicted_s = choice.ttft_s
+        exchange.believed_cached = choice.cached if ask.hashed is not None else None
+        offer = choice.candidate
+        self._lease = offer.upstream.lease(
+            choice.uncached, now, ask.model, ask.hashed, loads=choice.loads, streamed=streamed
+        )
+        return offer
 
     # -- what became of it ------------------------------------------------------------------------------------------
 
@@ -348,9 +381,14 @@ class Dispatch:
             self._reply = None
         lease, self._lease = self._lease, None
         if lease is not None:
+            usage = self._exchange.usage
+            if usage is None and self._exchange.meter is not None:
+                usage = self._exchange.meter.usage
+            if usage is not None and not usage.estimated:
+                lease.cached(usage.cached, usage.prompt)
             if outcome and lease.upstream is not None:
                 self._dispatcher.failed(lease.upstream, outcome, now)
-            lease.release()
+            lease.release(now)
 
 
 def patched(plan: Plan, offer: Offer, body: Body) -> bytes:
@@ -358,11 +396,14 @@ def patched(plan: Plan, offer: Offer, body: Body) -> bytes:
     replace = plan.replace
     remove = plan.remove
     model = offer.model
-    if not (replace or remove or body.stream) and body.model == model.name:
+    salted = plan.cache_salt and offer.upstream.runtime.cache_salt
+    if not (replace or remove or body.stream or salted) and body.model == model.name:
         plan.strip_usage = False
         return body.raw
     if body.model != model.name:
         replace = {**replace, "model": orjson.dumps(model.name)}
+    if salted:  # the client's own is replaced
+        replace = {**replace, "cache_salt": b'"%b"' % plan.cache_salt.encode()}
     plan.strip_usage = False
     native = plan.native and plan.native in offer.upstream.runtime.paths
     streamed = replace.get("stream", b"true" if body.stream else b"false") == b"true"

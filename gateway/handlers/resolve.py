@@ -14,6 +14,7 @@ from aiohttp.http import HttpVersion11
 from gateway.catalog import Offer, Table, Tiers, nearest
 from gateway.errors import BadRequest, BodyTooLarge, Forbidden, ModelNotFound, NoCapacity, NotFound, RequestTimeout
 from gateway.exchange import Exchange
+from gateway.handlers.asking import SESSION_HEADER
 from gateway.wire.body import Body
 from gateway.wire.headers import request_headers
 
@@ -46,7 +47,18 @@ class Plan:
     with what this caller may use and this request can use. There is one at least, and none is empty.
     """
 
-    __slots__ = ("body", "headers", "native", "operation", "remove", "replace", "strip_usage", "tiers")
+    __slots__ = (
+        "body",
+        "cache_salt",
+        "headers",
+        "native",
+        "operation",
+        "remove",
+        "replace",
+        "session",
+        "strip_usage",
+        "tiers",
+    )
 
     def __init__(self, body: Body, tiers: Tiers, operation: str, native: str) -> None:
         self.body = body
@@ -56,6 +68,8 @@ class Plan:
         self.headers: list[tuple[bytes, bytes]] = []
         self.replace: dict[str, bytes] = {}
         self.remove: tuple[str, ...] = ()
+        self.cache_salt = ""  # of the tenant, for runtimes that know such a thing
+        self.session = ""  # as a header named it
         self.strip_usage = False  # set by dispatch: we asked for a usage chunk that the client did not
 
     @property
@@ -160,6 +174,8 @@ def resolve(
     plan.headers = request_headers(request.raw_headers)
     if principal is not None:
         exchange.rank = principal.rank(request.headers.get(PRIORITY))
+    if len(tiers[0]) > 1:
+        plan.session = request.headers.get(SESSION_HEADER, "")
     if surface.local and body.has("provider"):
         plan.remove = ("provider",)
     if not TOOL_FIELDS.isdisjoint(body.keys()):

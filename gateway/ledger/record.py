@@ -52,6 +52,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     continued: int = 0  # times another upstream went on with the answer
     limits: tuple[LimitUse, ...] = ()  # arrays: name, scope, resource, reserved, used, source
     queued_s: float = 0.0  # of the duration: the wait for room on an upstream
+    ttft_predicted_s: float | None = None  # from the choice of the upstream on; null where nothing had to be predicted
+    believed_cached_tokens: int | None = None  # of the prompt, when the upstream was chosen, by the gateway's count
 
 
 #: a record as it lies in the journal and the store, and as its log line
@@ -102,6 +104,8 @@ def record(exchange: Exchange) -> Record:
         exchange.continued,
         exchange.limits,
         queued_s=_rounded(exchange.queued_s),
+        ttft_predicted_s=None if exchange.ttft_predicted_s is None else _rounded(exchange.ttft_predicted_s),
+        believed_cached_tokens=exchange.believed_cached,
     )
 
 

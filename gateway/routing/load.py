@@ -46,7 +46,17 @@ class Rate:
 class Load:
     """An upstream's load and what was learned of it. Outlives reloads with its upstream."""
 
-    __slots__ = ("_prefills", "chosen_at", "index", "loading", "prefill_tokens", "rates", "served", "streams")
+    __slots__ = (
+        "_prefills",
+        "chosen_at",
+        "index",
+        "loading",
+        "prefill_tokens",
+        "rates",
+        "reports",
+        "served",
+        "streams",
+    )
 
     def __init__(self, index: Index | None = None) -> None:
         self.index = index or Index()
@@ -54,6 +64,7 @@ class Load:
         self.served = 0  # requests ever sent
         self.prefill_tokens = 0  # to be computed, of prompts whose answer has not begun
         self.chosen_at = 0.0
+        self.reports = False  # it has told of cached tokens once: from then on none means none
         self.rates: dict[str, Rate] = {}  # by model: a host may serve several
         self.loading: dict[str, Loading] = {}  # by model, where a host loads it when it is asked
         self._prefills: dict[Lease, None] = {}  # in the order they were sent
@@ -196,6 +207,10 @@ class Lease:
         """The engine reports how much of the prompt it held already: the index is mended, the rate may be learned."""
         load, belief = self._load, self._belief
         if load is None or belief is None or prompt_tokens <= 0:
+            return
+        if tokens > 0:
+            load.reports = True
+        elif not load.reports:  # most runtimes say nothing of their cache, and that reads as zero
             return
         share = min(1.0, max(0.0, tokens / prompt_tokens))
         load.index.correct(belief, share)

@@ -43,15 +43,17 @@ T = TypeVar("T", bound=Candidate)
 class Ask:
     """What is asked: about `tokens` of prompt. `fingerprint` hashes it when a policy first looks, if one does.
 
-    `session` is the client's own word for what belongs together, "" without one.
+    `session` is the client's own word for what belongs together, "" without one; it, too, is looked for when asked.
     """
 
-    __slots__ = ("_fingerprint", "_prompt", "model", "now", "session", "tokens")
+    __slots__ = ("_fingerprint", "_prompt", "_session", "model", "now", "tokens")
 
-    def __init__(self, model: str, tokens: int, fingerprint: Callable[[], Prompt], session: str, now: float) -> None:
+    def __init__(
+        self, model: str, tokens: int, fingerprint: Callable[[], Prompt], session: Callable[[], str], now: float
+    ) -> None:
         self.model = model
         self.tokens = tokens
-        self.session = session
+        self._session = session
         self.now = now
         self._fingerprint = fingerprint
         self._prompt: Prompt | None = None
@@ -61,6 +63,10 @@ class Ask:
         if self._prompt is None:
             self._prompt = self._fingerprint()
         return self._prompt
+
+    @property
+    def session(self) -> str:
+        return self._session()
 
     @property
     def hashed(self) -> Prompt | None:
@@ -133,9 +139,10 @@ def power_of_two(candidates: Sequence[T], ask: Ask) -> Choice[T]:
 
 def session(candidates: Sequence[T], ask: Ask) -> Choice[T]:
     """Always the same one for a session, by rendezvous hashing: if one goes, only its sessions move."""
-    if not ask.session:
+    key = ask.session
+    if not key:
         return least_inflight(candidates, ask)
-    chosen = max(candidates, key=lambda one: _rendezvous(one, ask.session))
+    chosen = max(candidates, key=lambda one: _rendezvous(one, key))
     return Choice(chosen, "session", 0, ask.tokens)
 
 

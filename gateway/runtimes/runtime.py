@@ -60,6 +60,8 @@ class Runtime:
     continues: Literal["", "asked", "always"] = ""
     #: tokens of a completion for which no length was asked; None: as many as there is room for
     completion_tokens: int | None = None
+    #: requests take `cache_salt`, which keeps tenants apart in the prefix cache
+    cache_salt: bool = False
     #: operation -> path of model management; apart from `paths`, so that no prompt route can ever name one
     manage: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 

@@ -18,6 +18,7 @@ VLLM = Runtime(
     parse_windows=parse_openai_windows,
     paths=OPENAI_PATHS,
     inject_usage=True,
+    cache_salt=True,
     idle_s=5.0,
     continues="asked",
     completion_tokens=16,

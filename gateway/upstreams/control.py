@@ -235,6 +235,7 @@ class Control:
             return  # as it was
         upstream.slots = details.slots
         upstream.loaded = details.loaded or frozenset()
+        upstream.tells_loaded = details.loaded is not None
 
     async def _visit(self, upstream: Upstream) -> tuple[str, float]:
         """What is wrong with an upstream that answers ("" if nothing), and the slower of its two round

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from gateway.routing.breaker import Breaker
+from gateway.routing.load import Lease as Counted
+from gateway.routing.load import Load
+from gateway.routing.prefix import Index, Prompt
 from gateway.runtimes import Runtime
 
 HealthStatus = Literal["unknown", "ok", "degraded", "unreachable"]
@@ -66,7 +68,7 @@ class Upstream:
         "health",
         "held",
         "host",
-        "in_flight",
+        "load",
         "loaded",
         "max_in_flight",
         "models",
@@ -80,8 +82,8 @@ class Upstream:
         "root",
         "runtime",
         "scheme",
-        "served",
         "slots",
+        "tells_loaded",
         "timeouts",
         "weight",
         "windows",
@@ -99,6 +101,7 @@ class Upstream:
         timeouts: Timeouts | None = None,
         weight: int = 1,
         max_in_flight: int | None = None,
+        index: Index | None = None,
     ) -> None:
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
@@ -123,19 +126,20 @@ class Upstream:
         self.models: tuple[str, ...] = ()
         #: those of them that are in memory now, where the runtime tells (Ollama)
         self.loaded: frozenset[str] = frozenset()
+        self.tells_loaded = False
         #: tokens a model can take here, by name, where the runtime tells
         self.windows: Mapping[str, int] = {}
         #: requests the runtime runs at once, where it tells (llama.cpp)
         self.slots: int | None = None
         self.draining = False  # an operator's wish: it gets no new request
         self.retired = False  # no longer configured: what runs on it ends, and then its connections are closed
-        self.in_flight = 0
+        #: what this process put on it, and learned of its speed and its cache
+        self.load = Load(index)
         #: requests it takes at once, as configured; else its `slots`, and where it tells none, any number
         self.max_in_flight = max_in_flight
         self.held = 0  # room given to requests that waited for it, until they take their lease
         #: told of each lease that ends, while somebody waits for room here
         self.on_room: Callable[[Upstream], None] | None = None
-        self.served = 0  # leases ever given: breaks ties between equally loaded upstreams
         self.failed = 0
         self.breaker = Breaker()
         self.dialling = 0  # connections being opened
@@ -144,6 +148,15 @@ class Upstream:
     def suspect(self, now: float) -> bool:
         """Whether connections to it hang: it may be gone without a word, and each request sent there would wait."""
         return self.dialling > 0 and now - self.dialling_at > SUSPECT_S
+
+    @property
+    def in_flight(self) -> int:
+        return self.load.streams
+
+    @property
+    def served(self) -> int:
+        """Leases ever given."""
+        return self.load.served
 
     @property
     def limit(self) -> int | None:
@@ -156,7 +169,7 @@ class Upstream:
             limit = self.slots
             if limit is None:
                 return True
-        return self.in_flight + self.held < limit
+        return self.load.streams + self.held < limit
 
     @property
     def identity(self) -> str:
@@ -174,36 +187,45 @@ class Upstream:
         """Absolute URL of `path`, which starts at the root ("/api/tags", "/v1/models", "/health")."""
         return f"{self.scheme}://{self.place}{self.root}{path}"
 
-    def lease(self) -> Lease:
-        """Count one request on this upstream from now until the lease is left."""
-        return Lease(self)
+    def lease(
+        self,
+        uncached: int = 0,
+        now: float = 0.0,
+        model: str = "",
+        prompt: Prompt | None = None,
+        *,
+        loads: bool = False,
+        streamed: bool = True,
+    ) -> Lease:
+        """Count one request on this upstream from now until the lease is left; see `routing.load.Lease`."""
+        return Lease(self, uncached, now, model, prompt, loads=loads, streamed=streamed)
 
     def __repr__(self) -> str:
         state = f"{self.health.status} in_flight={self.in_flight}"
         return f"<Upstream {self.name} {self.runtime.name} {self.base_url} {state}>"
 
 
-class Lease:
+class Lease(Counted):
     """Load counted at selection, so that the next choice sees it already, and dropped exactly once."""
 
     __slots__ = ("upstream",)
 
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream: Upstream | None = upstream
-        upstream.in_flight += 1
-        upstream.served += 1
-
-    def release(self) -> None:
-        upstream, self.upstream = self.upstream, None
-        if upstream is not None:
-            upstream.in_flight -= 1
-            if upstream.on_room is not None:
-                upstream.on_room(upstream)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self,
+        upstream: Upstream,
+        uncached: int,
+        now: float,
+        model: str,
+        prompt: Prompt | None,
+        *,
+        loads: bool,
+        streamed: bool,
     ) -> None:
-        self.release()
+        super().__init__(upstream.load, uncached, now, model, prompt, loads=loads, streamed=streamed)
+        self.upstream: Upstream | None = upstream
+
+    def release(self, now: float | None = None) -> None:
+        super().release(now)
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None and upstream.on_room is not None:
+            upstream.on_room(upstream)

@@ -122,6 +122,11 @@ class Body:
         value = self._values.get(key)
         return value is not None and bytes(memoryview(value)[:4]) != b"null"
 
+    def view(self, key: str) -> memoryview | None:
+        """The bytes of the value as they came, None where absent. Not copied."""
+        value = self._values.get(key)
+        return None if value is None else memoryview(value)
+
     def get(self, key: str) -> Any:
         """The decoded value, None where absent. Decoded on each call: keep it."""
         value = self._values.get(key)

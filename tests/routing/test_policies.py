@@ -36,7 +36,7 @@ def ask(first: int = 0, tokens: int = 1000, now: float = 0.0, session: str = "",
     own = random.Random(f"{first}{then}{now}{session}").getrandbits(60)
     ids = [first * 100_000 + n for n in range(count - then // 100)] + [own + n for n in range(then // 100)]
     prompt = Prompt(ids, range(100, 1_000_001, 100), tokens)
-    return Ask("m", tokens, prompt.itself, session, now)
+    return Ask("m", tokens, prompt.itself, lambda: session, now)
 
 
 def send(engines: Sequence[Engine], policy: Policy[Engine], one: Ask) -> tuple[Choice[Engine], Lease]:
