@@ -56,8 +56,6 @@ class Connection(asyncio.Protocol):
         self._whole = 0  # pieces that belong to the answer, once it is complete
         #: the parser's callback for body bytes, read by it once: no frame of ours for each chunk
         self.on_body = self._pieces.append
-        self._parser = HttpResponseParser(self)
-        self._feed = self._parser.feed_data
         self._complete = False
         self._ended = False  # the upstream closed its side in order
         self._keep_alive = False
@@ -105,6 +103,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]  # create_connection gives a full Transport
+        # Not before there is a connection, whose loss breaks the cycle that they make.
+        self._parser = HttpResponseParser(self)
+        self._feed = self._parser.feed_data
 
     def data_received(self, data: bytes) -> None:
         reply = self.reply
