@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from time import monotonic
 from typing import NamedTuple
 
 from gateway.config import Lookup, Model, Provider
@@ -244,7 +245,9 @@ class Catalog:
                 )
                 known[place] = upstream
                 upstream.name = _unique(upstream, names) if several else provider.name
-                upstream.retired = False
+                if upstream.retired:
+                    upstream.retired = False
+                    upstream.breaker.found_well(monotonic())
                 upstream.api_key = provider.api_key.value
                 upstream.timeouts = provider.timeouts
                 upstream.max_in_flight = provider.max_in_flight
@@ -255,7 +258,10 @@ class Catalog:
             placed.setdefault(provider.name, ())
         for place, upstream in self._known.items():
             if place not in known:
-                upstream.retired = True
+                if not upstream.retired:
+                    upstream.retired = True
+                    # Who chose it before this goes elsewhere if there is anybody else.
+                    upstream.breaker.found_gone(monotonic())
                 if upstream.in_flight:  # it may be named again before its last answer has ended
                     known[place] = upstream
         self._known = known

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
 from gateway.catalog import Catalog, nearest
 from gateway.config import Model, Provider
+from gateway.routing.eligible import eligible
 
 
 def provider(name: str, *urls: str, models: tuple[Model, ...] = (), **more: Any) -> Provider:
@@ -115,3 +117,16 @@ def test_a_host_that_asked_to_be_left_alone_is_left_alone_by_the_next_table_too(
     catalog.table.pools["m"][1].quiet_until = 99.0
     catalog.rebuild()
     assert [offer.quiet_until for name in ("m", "x") for offer in catalog.table.pools[name]] == [0.0, 99.0, 0.0, 0.0]
+
+
+def test_a_request_that_was_resolved_before_its_host_was_removed_prefers_another() -> None:
+    urls = ("http://h1/v1", "http://h2/v1")
+    catalog = Catalog([provider("one", *urls, models=(model("m"),))])
+    first, second = pool = catalog.table.pools["m"]
+    first.upstream.lease()
+    catalog.configure([provider("one", urls[1], models=(model("m"),))])
+    assert [offer.upstream for offer in eligible(pool, (), monotonic())] == [second.upstream]
+    assert eligible((first,), (), monotonic()) == (first,), "and is not refused where there is nobody else"
+    catalog.configure([provider("one", *urls, models=(model("m"),))])
+    assert catalog.upstreams == (first.upstream, second.upstream)
+    assert first.upstream.breaker.state == "closed"

@@ -8,7 +8,7 @@
 An upstream is {"name", "provider", "runtime", "url", "state": "active" or "draining", "health": {"status", "reason",
 "latency_ms", "checked_at"}, "breaker", "in_flight", "max_in_flight", "room", "served", "failed", "weight", "models",
 "loaded", "windows", "learned", "drained": null or {"at", "by"}}. `room`: requests it would take now, null for any
-number; `loaded`: models that are in memory, where the runtime tells; `learned`: what answers taught, null without any.
+number; `loaded`: models that are in memory, where the runtime tells; `learned`: what its answers taught this gateway.
 `in_flight` is this gateway's own: others that share the fleet have theirs.
 """
 
@@ -104,10 +104,16 @@ class Upstreams:
         }
 
 
-def _learned(upstream: Upstream) -> dict[str, float | None] | None:
-    """By model, the prompt tokens a second that answers taught."""
-    rates = upstream.load.rates
-    return {model: rate.value for model, rate in rates.items()} if rates else None
+def _learned(upstream: Upstream) -> dict[str, Any]:
+    """By model: prompt tokens a second, and the seconds that loading it takes; and the tokens believed cached there."""
+    load = upstream.load
+    return {
+        "prefill_tokens_per_s": {
+            model: round(rate.value) for model, rate in load.rates.items() if rate.value is not None
+        },
+        "loading_s": {model: round(one.seconds, 1) for model, one in load.loading.items()},
+        "cached_tokens": load.index.tokens,
+    }
 
 
 def _utc(unix_s: float) -> str:

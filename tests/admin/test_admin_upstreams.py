@@ -73,7 +73,13 @@ async def test_what_is_shown(stage: Stage) -> None:
     assert (row["state"], row["breaker"], row["in_flight"], row["drained"]) == ("active", "closed", 0, None)
     assert row["health"]["status"] == "ok"
     assert row["models"] == ["sim"]
-    assert (await stage.ask("GET", stage.names[1])).json() == rows[1]
+    assert row["learned"] == {"prefill_tokens_per_s": {}, "loading_s": {}, "cached_tokens": 0}
+    long = {"messages": [{"role": "user", "content": "word " * 2000}], "max_tokens": 1, "stream": True}
+    for _ in range(4):
+        assert (await stage.here.ask("POST", CHAT, chat(**long))).status == 200
+    learned = [one["learned"] for one in (await stage.ask("GET")).json()["rows"]]
+    assert any(one["prefill_tokens_per_s"].get("sim") for one in learned)
+    assert (await stage.ask("GET", stage.names[1])).json()["url"] == rows[1]["url"]
     refused = await stage.ask("GET", "fleet@127.0.0.1:1")
     assert (refused.status, refused.error["code"]) == (404, "upstream_not_found")
     assert "did you mean" in refused.error["message"]
