@@ -21,8 +21,17 @@ from gateway import __version__
 if TYPE_CHECKING:
     from gateway.config import Config
     from gateway.errors import GatewayError
+    from gateway.identity.keys import KeyRing
 
 OK, FAILED, WRONG = 0, 1, 2
+
+
+class Ended(Exception):
+    """Ends the command: what is said on stderr, in the program's name unless it was wrong usage, and its exit code."""
+
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message if code == WRONG else f"llm-gateway: {message}")
+        self.code = code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(arguments[0] if arguments else "")
     args = parser.parse_args(arguments)
-    code: int = args.run(args)
+    try:
+        code: int = args.run(args)
+    except Ended as end:
+        print(end, file=sys.stderr)
+        return end.code
     return code
 
 
@@ -127,6 +140,29 @@ def _load(args: argparse.Namespace) -> Config:
     return load(os.environ, env_file=args.env_file, toml_file=args.config, flags=flags)
 
 
+def _config(args: argparse.Namespace) -> Config:
+    """The configuration, or the end of the command with everything that is wrong with it."""
+    from gateway.config import ConfigError
+    from gateway.config.check import problems_text
+
+    try:
+        return _load(args)
+    except ConfigError as error:
+        raise Ended(problems_text(error.problems), WRONG) from error
+
+
+def _key_ring(config: Config) -> KeyRing:
+    """The keys in the data directory, or the end of the command."""
+    from gateway.identity.keys import KeyFileError, KeyRing
+
+    try:
+        return KeyRing.open(config.data_dir, config.api_keys)
+    except KeyFileError as error:
+        raise Ended(str(error)) from error
+    except OSError as error:
+        raise Ended(f"the data directory {config.data_dir} cannot be used: {_reason(error)}") from error
+
+
 def _check(args: argparse.Namespace) -> int:
     from gateway.config import ConfigError
     from gateway.config.check import effective_data, effective_text, problems_data, problems_text
@@ -148,14 +184,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     from gateway import doctor
-    from gateway.config import ConfigError
-    from gateway.config.check import problems_text
 
-    try:
-        config = _load(args)
-    except ConfigError as error:
-        print(problems_text(error.problems), file=sys.stderr)
-        return WRONG
+    config = _config(args)
     findings = doctor.run(config)
     if args.json:
         print(json.dumps({"rows": [asdict(one) for one in findings]}, indent=2, ensure_ascii=False))
@@ -165,36 +195,26 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from gateway.config import ConfigError
-    from gateway.config.check import problems_text, warnings_text
-    from gateway.identity.keys import KeyFileError, KeyRing
+    from gateway.config.check import warnings_text
+    from gateway.identity.keys import KeyFileError
 
-    try:
-        config = _load(args)
-    except ConfigError as error:
-        print(problems_text(error.problems), file=sys.stderr)
-        return WRONG
+    config = _config(args)
     if config.warnings:
         print(warnings_text(config.warnings), file=sys.stderr)
-    try:
-        keyring = KeyRing.open(config.data_dir, config.api_keys)
-    except KeyFileError as error:
-        return _failed(str(error))
-    except OSError as error:
-        return _failed(f"the data directory {config.data_dir} cannot be used: {_reason(error)}")
+    keyring = _key_ring(config)
 
     from gateway.server import require_aiohttp, serve
 
     try:
         require_aiohttp()
     except RuntimeError as error:
-        return _failed(str(error))
+        raise Ended(str(error)) from error
     try:
         return serve(config, keyring, announce=_announce, load=lambda: _load(args))
     except KeyFileError as error:
-        return _failed(str(error))
+        raise Ended(str(error)) from error
     except OSError as error:
-        return _failed(_reason(error))
+        raise Ended(_reason(error)) from error
     except KeyboardInterrupt:
         return 130
 
@@ -207,22 +227,10 @@ def _sim(args: argparse.Namespace) -> int:
 
 
 def _keys(args: argparse.Namespace) -> int:
-    from gateway.config import ConfigError
-    from gateway.config.check import problems_text
     from gateway.identity import cli as keys_cli
-    from gateway.identity.keys import KeyFileError, KeyRing
 
-    try:
-        config = _load(args)
-    except ConfigError as error:
-        print(problems_text(error.problems), file=sys.stderr)
-        return WRONG
-    try:
-        keyring = KeyRing.open(config.data_dir, config.api_keys)
-    except KeyFileError as error:
-        return _failed(str(error))
-    except OSError as error:
-        return _failed(f"the data directory {config.data_dir} cannot be used: {_reason(error)}")
+    config = _config(args)
+    keyring = _key_ring(config)
     if not config.redis_url or config.store != "auto":
         return keys_cli.run(args, keyring, lambda: nullcontext(None))
     from gateway.identity.shared import connected
@@ -231,37 +239,26 @@ def _keys(args: argparse.Namespace) -> int:
 
 
 def _upstreams(args: argparse.Namespace) -> int:
-    from gateway.config import ConfigError, Listen
-    from gateway.config.check import problems_text
+    from gateway.config import Listen
     from gateway.fleet import cli as fleet_cli
 
     if args.url:
         return fleet_cli.run(args, args.url, os.environ)
-    try:
-        config = _load(args)
-    except ConfigError as error:
-        print(problems_text(error.problems), file=sys.stderr)
-        return WRONG
+    config = _config(args)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.listen.host, config.listen.host)
     return fleet_cli.run(args, f"http://{Listen(host, config.listen.port)}", os.environ)
 
 
 def _ledger(args: argparse.Namespace) -> int:
-    from gateway.config import ConfigError
-    from gateway.config.check import problems_text
     from gateway.ledger import cli as ledger_cli
     from gateway.store.client import Store
 
-    try:
-        config = _load(args)
-    except ConfigError as error:
-        print(problems_text(error.problems), file=sys.stderr)
-        return WRONG
+    config = _config(args)
     store = Store.open(config.store, config.redis_url.value, config.data_dir)
     try:
         return ledger_cli.run(args, config.data_dir, store, lambda: _engines(config))
     except OSError as error:
-        return _failed(_reason(error))
+        raise Ended(_reason(error)) from error
 
 
 async def _engines(config: Config) -> dict[str, str | GatewayError]:
@@ -285,11 +282,6 @@ async def _engines(config: Config) -> dict[str, str | GatewayError]:
 
 def _announce(text: str) -> None:
     print(text, flush=True)
-
-
-def _failed(message: str) -> int:
-    print(f"llm-gateway: {message}", file=sys.stderr)
-    return FAILED
 
 
 def _reason(error: OSError) -> str:
