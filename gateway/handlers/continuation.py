@@ -15,7 +15,7 @@ from gateway.catalog import Offer
 from gateway.continuation.joint import Joint, ending
 from gateway.continuation.meter import JoinedMeter
 from gateway.continuation.request import Finished, continuable, for_the_rest, stop_strings
-from gateway.continuation.spoken import Spoken, before_error, given
+from gateway.continuation.spoken import UNREAD_BYTES, Spoken, before_error, given
 from gateway.errors import GatewayError, UpstreamError, UpstreamGivenUp, UpstreamInterrupted
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import Plan
@@ -100,9 +100,13 @@ class Continuation:
     def feed(self, meter: Meter) -> Callable[[bytes, float], bytes]:
         """`meter.feed`, and what it lets through is kept; an error that the upstream reports is not let through."""
         count = meter.feed
-        keep = self.spoken.add
+        spoken = self.spoken
+        unread = spoken.unread
+        keep = unread.append
+        unread_bytes = 0
 
         def feed(data: bytes, now: float) -> bytes:
+            nonlocal unread_bytes
             data = count(data, now)
             if meter.error is not None:
                 rest = before_error(data)
@@ -111,8 +115,11 @@ class Continuation:
                 error = UpstreamInterrupted(f"provider {provider!r} failed in the middle of its answer: {meter.error}")
                 error.rest = rest
                 raise error
-            if data:
-                keep(data)
+            keep(data)
+            unread_bytes += len(data)
+            if unread_bytes >= UNREAD_BYTES:
+                unread_bytes = 0
+                spoken.read()
             return data
 
         return feed

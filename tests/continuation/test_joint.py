@@ -57,7 +57,7 @@ def text_of(data: bytes) -> str:
 def joined(shown: list[bytes], following: list[bytes], *, chat: bool = True, stops: list[str] | None = None) -> bytes:
     """What the client has at the end."""
     said = Spoken()
-    said.add(b"".join(shown))
+    said.unread.append(b"".join(shown))
     said.read()
     joint = Joint(
         said.identity,
@@ -144,7 +144,7 @@ def test_a_stop_string_across_the_seam_ends_the_answer() -> None:
     ]
     shown = stream("first", ["go", " ST", "O"])[:4]
     said = Spoken()
-    said.add(b"".join(shown))
+    said.unread.append(b"".join(shown))
     said.read()
     joint = Joint(said.identity, True, said=said.text, told=said.text, stops=["STOP he", "zzz"], tokens=3)
     meter = JoinedMeter(SseMeter(), SseMeter(), joint, said.identity, usage_wished=True)
@@ -215,7 +215,7 @@ def test_usage_in_every_chunk_and_zeros() -> None:
 
 def test_endings() -> None:
     said = Spoken()
-    said.add(stream("first", ["a"])[0])
+    said.unread.append(stream("first", ["a"])[0])
     said.read()
     finish, usage, done = documents(ending(said.identity, True, "length", (3, 4)))
     assert (finish["id"], finish["choices"]) == ("first", [{"index": 0, "delta": {}, "finish_reason": "length"}])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.continuation.spoken import TEXT_BYTES, UNREAD_BYTES, Spoken, before_error, given
+from gateway.continuation.spoken import TEXT_BYTES, Spoken, before_error, given
 from tests import transcripts
 
 
@@ -20,7 +20,7 @@ def chunk(delta: dict[str, Any] | None = None, **more: Any) -> bytes:
 def spoken(*pieces: bytes) -> Spoken:
     found = Spoken()
     for piece in pieces:
-        found.add(piece)
+        found.unread.append(piece)
     found.read()
     return found
 
@@ -69,16 +69,41 @@ def test_in_any_pieces(seed: int) -> None:
     assert (found.text, found.tokens) == (text_of(body), spoken(body).tokens)
 
 
-def test_long_answers_keep_their_text_and_little_else() -> None:
-    one = chunk({"content": " word"})
+def kinds(n: int) -> bytes:
+    """The n-th event of a stream with every kind of text, as llama.cpp writes it: `created` moves on."""
+    text = [" word", "é", "\\n", '"', " \U0001f600", "\n\n", "\t", "\\", "}]"][n % 9]
+    ensure = n % 2 == 0
+    choice = {"finish_reason": None, "index": 0, "delta": {"content": text}}
+    document = {"choices": [choice], "created": 1795409045 + n // 50, "id": "chatcmpl-1"}
+    return b"data: " + json.dumps(document, separators=(",", ":"), ensure_ascii=ensure).encode() + b"\n\n"
+
+
+def test_long_answers_are_read_many_events_at_a_time() -> None:
+    events = [kinds(n) for n in range(2000)]
     found = Spoken()
-    most = 0
-    for _ in range(20_000):
-        found.add(one)
-        most = max(most, found._unread_bytes)
+    each = 0
+    for at in range(0, 2000, 40):
+        found.unread += events[at : at + 40]
+        alike = found._alike is not None
+        found.read()
+        each += not alike
+    assert (found.plain, found.tokens) == (True, 2000)
+    assert found.text == text_of(b"".join(events))
+    assert each == 1, "only the first of them event by event"
+    assert found.blanks == 0
+    found.unread += [kinds(2), kinds(5)]
+    found.unread[0] = kinds(5)
     found.read()
-    assert (len(found.text), found.tokens) == (5 * 20_000, 20_000)
-    assert most < UNREAD_BYTES + len(one)
+    assert found.blanks == 2
+
+
+@pytest.mark.parametrize("odd", [chunk({"content": "x"}, index=1), chunk({"reasoning": "x"}), b": comment\n\n"])
+def test_one_that_is_not_alike_is_seen_among_them(odd: bytes) -> None:
+    found = spoken(*[kinds(0)] * 40)
+    assert found._alike is not None
+    found.unread += [*[kinds(0)] * 20, odd, *[kinds(0)] * 20]
+    found.read()
+    assert (found.plain, found.tokens) == ((True, 80) if odd.startswith(b":") else (False, 60))
 
 
 @pytest.mark.parametrize(
@@ -118,10 +143,10 @@ def test_there_is_an_end_to_what_is_kept() -> None:
     found = Spoken()
     one = chunk({"content": "x" * 1000})
     for _ in range(TEXT_BYTES // 1000):
-        found.add(one)
+        found.unread.append(one)
     found.read()
     assert (found.plain, len(found.text)) == (True, TEXT_BYTES // 1000 * 1000)
-    found.add(one)
+    found.unread.append(one)
     found.read()
     assert (found.plain, found.text) == (False, "")
 
