@@ -91,6 +91,8 @@ def _provider_rows(config: Config, path: str, provider: Provider) -> Iterator[Ro
             yield row(f"{at}.fallbacks", ", ".join(model.fallbacks))
         if model.policy:
             yield row(f"{at}.policy", model.policy)
+        if model.continues is not None:
+            yield row(f"{at}.continue", model.continues)
         if model.context_window is not None:
             yield row(f"{at}.context_window", model.context_window)
         if model.price is not None:

@@ -17,6 +17,8 @@ _members = Decoder(dict[str, Raw])
 _choices = Decoder(list[dict[str, Raw]])
 _text = Decoder(str)
 
+#: text this long, repeated in one event, is an echo; less may be a coincidence
+_ECHO_CHARS: Final = 16
 _DONE: Final = b"data: [DONE]\n\n"
 _EMPTY: Final = (b"null", b'""', b"[]")
 
@@ -28,6 +30,9 @@ class Unfit(Exception):
 class Joint:
     """Feed it the new stream's bytes; it gives what the client gets.
 
+    An engine that repeats what it was told before it goes on (llama.cpp without the flags) is heard from
+    there on.
+
     `identity`: of the first stream, whose chunks these are to be. `said`: the whole text so far, `told` how much of it
     the engine was told: the blanks between are taken out where the engine writes them again. `stops`: the stop
     strings, one of which may have begun before the break. `tokens`: what `told` is taken for in tokens, part of the new
@@ -36,7 +41,19 @@ class Joint:
     Once `stopped` the answer is over, and what follows is not to be fed. Raises Unfit.
     """
 
-    __slots__ = ("_held", "_identity", "_rests", "_seam", "_skip", "_splitter", "chat", "prompt", "stopped", "tokens")
+    __slots__ = (
+        "_held",
+        "_identity",
+        "_rests",
+        "_seam",
+        "_skip",
+        "_splitter",
+        "_told",
+        "chat",
+        "prompt",
+        "stopped",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -51,6 +68,7 @@ class Joint:
     ) -> None:
         self._identity = {} if identity is None else _known(identity)
         self.chat = chat
+        self._told = told  # until the first text
         self._skip = said[len(told) :] if said[len(told) :].isspace() else ""
         self._rests = _rests(said, stops or [])
         self._seam = ""  # new text that may be the end of a stop string
@@ -142,6 +160,11 @@ class Joint:
             raise Unfit("reasoning after text")
         # where no chunk was shown before, this is the one that says who speaks
         changed = bool(self._identity) and delta is not None and delta.pop("role", None) is not None
+        if self._told and text:
+            told, self._told = self._told, ""
+            if len(told) >= _ECHO_CHARS and text.startswith(told):
+                text, changed = text[len(told) :], True
+                holder[name] = Raw(orjson.dumps(text))
         if self._skip and text:
             text, changed = self._without_blanks(text), True
             holder[name] = Raw(orjson.dumps(text))

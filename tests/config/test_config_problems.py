@@ -91,6 +91,7 @@ PROVIDERS: list[tuple[Any, str, str, str]] = [
     ([provider(runtime=3)], "[0].runtime", "unknown runtime", ""),
     ([provider(weight=0)], "[0].weight", "whole number from 1", ""),
     ([provider(maxInFlight=0)], "[0].maxInFlight", "whole number from 1", ""),
+    ([provider(models=[{"apiName": "m", "continue": "yes"}])], "[0].models[0].continue", 'true, false or "auto"', ""),
     ([provider(weight=1.5)], "[0].weight", "whole number from 1", ""),
     ([provider(weight=True)], "[0].weight", "whole number from 1", ""),
     ([provider(apiKey=["k"])], "[0].apiKey", "text in quotes", ""),

@@ -77,6 +77,7 @@ FULL = {
             "apiName": "big",
             "aliases": ["b", "large"],
             "contextWindow": 32768,
+            "continue": False,
             "price": {"input": 0.1, "cachedInput": 0, "gpuSecond": 2},
         }
     ],
@@ -90,7 +91,8 @@ def test_a_provider_with_everything(tmp_path: Path) -> None:
     assert provider.weight == 3
     assert provider.max_in_flight == 32
     assert provider.timeouts == Timeouts(1.0, 2.5, None, None)
-    assert provider.models == (Model("big", "big", True, ("b", "large"), 32768, Price(0.1, 0.0, None, 2.0)),)
+    price = Price(0.1, 0.0, None, 2.0)
+    assert provider.models == (Model("big", "big", True, ("b", "large"), 32768, price, continues=False),)
 
 
 def test_null_and_missing_are_the_same_but_for_timeouts() -> None:

@@ -120,6 +120,13 @@ def test_recorded_continuations_follow_a_recorded_stream() -> None:
             assert b'"role"' not in found.removeprefix(b"".join(shown))
 
 
+def test_an_echo_of_what_was_told_is_not_shown() -> None:
+    shown = stream("first", ["Three fruits", " that"])[:3]
+    assert text_of(joined(shown, stream("b", ["Three fruits that are", " red"]))) == "Three fruits that are red"
+    assert text_of(joined(shown, stream("b", ["Three fruits that", " are"]))) == "Three fruits that are"
+    assert text_of(joined(stream("first", ["ha"])[:2], stream("b", ["ha", "ha"]))) == "hahaha"
+
+
 def test_a_role_that_comes_with_text_leaves_the_text() -> None:
     ollama = event({"id": "x", "choices": [{"index": 0, "delta": {"role": "assistant", "content": " Paris"}}]})
     found = joined(stream("first", ["It is"])[:2], [ollama])

@@ -4,16 +4,38 @@ ledger one bill.
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 
+from gateway.config import Model
 from gateway.ledger.record import Record
 from gateway.routing.breaker import Breaker
-from gateway.sim import SimServer
-from tests.journeys.stage import CHAT, Answer, Gateway, chat, gateway, provider
+from gateway.sim import Engine, Pace, SimServer
+from tests.journeys.stage import (
+    CHAT,
+    DONE,
+    FINISH,
+    SSE_HEAD,
+    USAGE,
+    Answer,
+    Gateway,
+    Scripted,
+    chat,
+    event,
+    framed,
+    gateway,
+    provider,
+    timeouts,
+    until,
+)
+from tests.limits.requests import tokens as token_limit
+from tests.replay import Seen
 
 COMPLETIONS = "/v1/completions"
 TOKENS = 12
@@ -79,10 +101,14 @@ def posts(sim: SimServer) -> int:
     return sum(request.method == "POST" for request in sim.requests)
 
 
+def forget_failures(gate: Gateway) -> None:
+    for upstream in gate.app.catalog.upstreams:
+        upstream.breaker = Breaker()
+
+
 async def broken_once(gate: Gateway, sim: SimServer, faults: dict[str, Any], path: str, body: Any) -> Answer:
     """Ask until it was `sim` that answered, and failed as `faults` say."""
-    for upstream in gate.app.catalog.upstreams:
-        upstream.breaker = Breaker()  # whatever it did before
+    forget_failures(gate)
     sim.faults = faults
     for _ in range(8):
         before = posts(sim)
@@ -156,3 +182,293 @@ async def test_two_engines_die_and_the_third_finishes() -> None:
             assert_seamless(answer)
             assert (gate.record.outcome, tokens(gate.record)) == ("ok", bill)
         assert max(one.continued for one in gate.records) == 2
+
+
+async def test_a_hundred_engines_killed_at_a_random_moment() -> None:
+    """The engines run at a pace and die as processes do: no span comes twice, none is missing."""
+    chance = random.Random(7)
+    async with AsyncExitStack() as stack:
+        engines = [Engine(speed=1.0, pace=Pace(a=0.0, b=0.0, c=0.001, d=0.0, e=0.0)) for _ in range(3)]
+        sims = [await stack.enter_async_context(SimServer(engine=engine)) for engine in engines]
+        gate = await stack.enter_async_context(gateway(*(provider(f"p{n}", sim.url) for n, sim in enumerate(sims))))
+        body = asked(CHAT, max_tokens=60, stream_options={"include_usage": True})
+        whole = text_of(await gate.ask("POST", CHAT, body))
+        bill = tokens(gate.record)
+        for _ in range(100):
+            forget_failures(gate)
+            answering = asyncio.create_task(gate.ask("POST", CHAT, body))
+            await until(lambda: any(sim.engine.running for sim in sims))
+            await asyncio.sleep(chance.uniform(0.0, 0.06))
+            killed = next((sim for sim in sims if sim.engine.running), None)
+            if killed is not None:
+                killed.kill()
+            answer = await answering
+            assert text_of(answer) == whole
+            assert_seamless(answer)
+            record = gate.record
+            assert (record.outcome, record.error, record.prompt_tokens) == ("ok", None, bill[0])
+            assert record.completion_tokens == bill[1]
+            if killed is not None:
+                await killed.revive()
+        assert sum(record.continued for record in gate.records) > 50
+        assert len(gate.records) == 101
+        gate.assert_idle()
+
+
+async def test_the_openai_client_sees_one_answer() -> None:
+    async with fleet("vllm", "vllm") as (gate, sims):
+        client = AsyncOpenAI(api_key=gate.key, base_url=f"{gate.url}/v1", max_retries=0)
+        sims[0].faults = sims[1].faults = at("cut", 7)
+        texts = []
+        for _ in range(2):  # broken, twice; then undisturbed
+            stream = await client.chat.completions.create(
+                model="sim",
+                messages=[{"role": "user", "content": "Why?"}],
+                max_tokens=30,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+            chunks = [chunk async for chunk in stream]
+            assert len({chunk.id for chunk in chunks}) == 1
+            texts.append("".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices))
+            usage = chunks[-1].usage
+            assert usage is not None
+            assert usage.completion_tokens == 30
+        assert texts[0] == texts[1]
+        assert [record.continued for record in gate.records] == [2, 0]
+        await client.close()
+
+
+async def test_an_engine_that_falls_silent_is_left() -> None:
+    async with (
+        SimServer() as silent,
+        SimServer() as other,
+        gateway(
+            provider("p0", silent.url, timeouts=timeouts(idle_s=0.3)),
+            provider("p1", other.url),
+        ) as gate,
+    ):
+        body = asked(CHAT, max_tokens=TOKENS)
+        whole = text_of(await gate.ask("POST", CHAT, body))
+        # comments that keep the connection warm are no sign of life, as llama-server's after SIGTERM
+        faults = {"stall_at_token": 4, "ping_s": 0.05, "times": 1}
+        answer = await broken_once(gate, silent, faults, CHAT, body)
+        assert text_of(answer) == whole
+        assert gate.record.attempts_made[0].outcome == "idle_timeout"
+        gate.assert_idle()
+
+
+async def test_the_only_engine_goes_on_if_it_is_back() -> None:
+    async with fleet("vllm") as (gate, (sim,)):
+        body = asked(CHAT, max_tokens=TOKENS)
+        whole = text_of(await gate.ask("POST", CHAT, body))
+        sim.faults = at("cut", 5)
+        answer = await gate.ask("POST", CHAT, body)
+        assert text_of(answer) == whole
+        assert_seamless(answer)
+        assert gate.record.continued == 1
+
+
+UNFIT: dict[str, dict[str, Any]] = {
+    "several answers": {"n": 2},
+    "a form": {"response_format": {"type": "json_object"}},
+    "log probabilities": {"logprobs": True},
+    "guided": {"guided_regex": "a*"},
+}
+
+
+@pytest.mark.parametrize("why", UNFIT)
+async def test_what_cannot_be_continued_ends_in_an_error(why: str) -> None:
+    async with fleet("vllm", "vllm") as (gate, sims):
+        answer = await broken_once(gate, sims[0], at("cut", 5), CHAT, asked(CHAT, max_tokens=TOKENS, **UNFIT[why]))
+        assert_error(answer)
+        assert (gate.record.outcome, gate.record.continued) == ("partial", 0)
+
+
+def assert_error(answer: Answer, code: str = "upstream_broken") -> dict[str, Any]:
+    error: dict[str, Any] = answer.events[-1]["error"]
+    assert "[DONE]" not in answer.events
+    assert (error["code"], error["retry"]) == (code, True)
+    assert error["usage"]["completion_tokens"] > 0
+    assert error["usage"]["total_tokens"] == error["usage"]["prompt_tokens"] + error["usage"]["completion_tokens"]
+    assert answer.ended
+    return error
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}}
+
+
+async def test_a_tool_call_that_has_begun_is_not_continued() -> None:
+    async with fleet("vllm", "vllm") as (gate, sims):
+        body = asked(CHAT, max_tokens=TOKENS, tools=[TOOL], sim={"tool_call": True})
+        assert_error(await broken_once(gate, sims[0], at("cut", 2), CHAT, body))
+        assert gate.app.continuations.counts["unfit"] == 1
+        # that tools are offered does no harm as long as none is called
+        body = asked(CHAT, max_tokens=TOKENS, tools=[TOOL])
+        answer = await broken_once(gate, sims[0], at("cut", 2), CHAT, body)
+        assert_seamless(answer)
+        assert gate.record.continued == 1
+
+
+async def test_nobody_left_to_go_on() -> None:
+    async with fleet("vllm", "vllm") as (gate, sims):
+        for sim in sims:
+            sim.faults = {"error_event_at_token": 3}
+        answer = await gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS))
+        error = assert_error(answer, "upstream_stream_error")
+        assert "EngineCore encountered an issue" in error["message"]
+        assert error["usage"]["completion_tokens"] == 9
+        assert text_of_events(answer.events[:-1])
+        record = gate.record
+        assert (record.outcome, record.continued, record.attempts) == ("partial", 2, 3)
+        assert record.completion_tokens == 9
+        text = await gate.scrape()
+        assert 'gateway_streams_continued_total{outcome="joined"} 2.0' in text
+        assert 'gateway_streams_continued_total{outcome="failed"} 1.0' in text
+
+
+def text_of_events(events: list[Any]) -> str:
+    return "".join(one["choices"][0]["delta"].get("content") or "" for one in events)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "continues", "joined"),
+    [("ollama", None, 0), ("openai", None, 0), ("openai", True, 1), ("vllm", False, 0)],
+)
+async def test_only_engines_known_to_go_on_are_asked(runtime: str, continues: bool | None, joined: int) -> None:
+    models = [Model("sim", "sim", continues=continues)]
+    async with (
+        SimServer() as sim,
+        SimServer() as other,
+        gateway(
+            provider("p0", sim.url, runtime=runtime, models=models),
+            provider("p1", other.url, runtime=runtime, models=models),
+        ) as gate,
+    ):
+        answer = await broken_once(gate, sim, at("cut", 5), CHAT, asked(CHAT, max_tokens=TOKENS))
+        assert gate.record.continued == joined
+        assert (answer.events[-1] == "[DONE]") is bool(joined)
+
+
+async def test_switched_off() -> None:
+    async with fleet("vllm", "vllm", continue_streams=False) as (gate, sims):
+        assert_error(await broken_once(gate, sims[0], at("cut", 5), CHAT, asked(CHAT, max_tokens=TOKENS)))
+
+
+async def test_an_answer_that_lacked_only_its_end() -> None:
+    """llama.cpp's last token and the chunk that says it was the last are two."""
+    for lost in (FINISH + USAGE + DONE, USAGE + DONE, DONE):
+        said = event(role="assistant") + event("a") + event("b") + FINISH + USAGE + DONE
+        cut = said.removesuffix(lost)
+        async with Scripted(answer=SSE_HEAD + framed(cut)) as one, gateway(provider("p0", one.url)) as gate:
+            body = asked(CHAT, max_tokens=2, stream_options={"include_usage": True})
+            answer = await gate.ask("POST", CHAT, body)
+            assert answer.body.startswith(cut)
+            assert answer.ended
+            *_, finish, usage, done = answer.events
+            assert finish["choices"][0]["finish_reason"] in ("length", "stop")
+            assert (usage["choices"], done) == ([], "[DONE]")
+            assert (gate.record.outcome, gate.record.error, gate.record.attempts) == ("ok", None, 1)
+            assert usage["usage"]["completion_tokens"] == gate.record.completion_tokens
+            assert gate.app.continuations.counts["completed"] == 1
+
+
+async def test_reasoning_is_not_continued() -> None:
+    thinks = event(choices=[{"index": 0, "delta": {"reasoning_content": "Hm"}, "finish_reason": None}])
+    for said in (thinks, thinks + event("So")):
+        async with (
+            Scripted(answer=SSE_HEAD + framed(said)) as one,
+            SimServer() as other,
+            gateway(provider("p0", one.url), provider("p1", other.url)) as gate,
+        ):
+            for _ in range(2):
+                answer = await gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS))
+                if one.seen:
+                    break
+            assert_error(answer)
+
+
+async def test_the_client_goes_while_nobody_answers() -> None:
+    """It hangs up in the gap: the engine that was asked for the rest is left at once."""
+    async with (
+        SimServer() as one,
+        SimServer() as other,
+        gateway(provider("p0", one.url), provider("p1", other.url)) as gate,
+        gate.connect() as client,
+    ):
+        one.faults = other.faults = {"cut_at_token": 3, "times": 1}
+        client.send("POST", CHAT, asked(CHAT, max_tokens=TOKENS))
+        head = await client.head()
+        await client.events(4)
+        for sim in (one, other):
+            sim.faults = {"silent": True}
+        del head
+        await until(lambda: sum(map(posts, (one, other))) >= 2)
+        client.reset()
+        await gate.settled(1)
+        assert (gate.record.outcome, gate.record.status) == ("client_gone", 499)
+        gate.assert_idle()
+
+
+async def test_a_client_that_reads_slowly_holds_back_the_second_engine_too() -> None:
+    async with fleet("vllm", "vllm") as (gate, sims), gate.connect() as client:
+        sims[0].faults = sims[1].faults = {"cut_at_token": 20, "times": 1}
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]  # a Transport
+        client.send("POST", CHAT, asked(CHAT, max_tokens=30_000))
+        await until(lambda: sum(map(posts, sims)) == 3)
+        await until(lambda: all(not sim.engine.running for sim in sims))
+        await asyncio.sleep(0.2)
+        assert not gate.records, "some 6 MB cannot all be on their way"
+        client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        answer = await client.rest(await client.head())
+        assert_seamless(answer)
+        await gate.settled(1)
+        assert gate.record.completion_tokens == 30_000
+
+
+async def test_a_stop_string_after_the_seam() -> None:
+    async with fleet("vllm", "vllm") as (gate, sims):
+        plain = asked(CHAT, max_tokens=TOKENS, stream_options={"include_usage": True})
+        words = text_of(await gate.ask("POST", CHAT, plain)).split(" ")
+        body = {**plain, "stop": f"{words[5]} {words[6]}"}
+        whole = await gate.ask("POST", CHAT, body)
+        bill = tokens(gate.record)
+        for token in range(1, 6):
+            answer = await broken_once(gate, sims[0], at("cut", token), CHAT, body)
+            assert (text_of(answer), finish_reasons(answer)) == (text_of(whole), ["stop"])
+            assert_seamless(answer)
+            assert tokens(gate.record) == bill
+        gate.assert_idle()
+
+
+async def test_a_stop_string_over_the_seam_ends_the_answer_there() -> None:
+    """The engines see half of it each."""
+
+    async def script(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if "continue_final_message" in seen.body.decode():
+            writer.write(SSE_HEAD + framed(event("OP")))
+            await writer.drain()
+            await reader.read()  # until the gateway leaves
+        else:
+            writer.write(SSE_HEAD + framed(event(" ready") + event(" ST")))
+
+    async with Scripted(script) as one, gateway(provider("p0", one.url)) as gate:
+        body = asked(CHAT, max_tokens=TOKENS, stop=["STOP"], stream_options={"include_usage": True})
+        answer = await gate.ask("POST", CHAT, body)
+        assert text_of(answer) == " ready ST"
+        assert finish_reasons(answer) == ["stop"]
+        assert answer.events[-1] == "[DONE]"
+        assert answer.events[-2]["usage"]["completion_tokens"] == 3
+        assert gate.record.outcome == "ok"
+        gate.assert_idle()
+
+
+async def test_limits_settle_once_on_the_whole_answer() -> None:
+    async with fleet("vllm", "vllm", limits=(token_limit(100_000, 0.001),)) as (gate, sims):
+        body = asked(CHAT, max_tokens=TOKENS)
+        answer = await broken_once(gate, sims[0], at("cut", 5), CHAT, body)
+        assert_seamless(answer)
+        used = sum((record.prompt_tokens or 0) + (record.completion_tokens or 0) for record in gate.records)
+        (bucket,) = gate.app.limiter._buckets.values()
+        level = bucket.share.level if bucket.share is not None else bucket.level + bucket.loan - bucket.owed
+        assert 100_000 - level // bucket.unit in (used, used + 1)
