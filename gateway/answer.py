@@ -6,7 +6,9 @@ server. So every answer says HTTP/1.1, names no version of any software, and cos
 
 from __future__ import annotations
 
+from email.utils import formatdate
 from http import HTTPStatus
+from time import time
 from typing import Any, Final
 
 import orjson
@@ -20,6 +22,26 @@ STATUS_LINES: Final[dict[int, bytes]] = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
 }
 _FIXED: Final = b"Server: llm-gateway\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+
+
+class _Date:
+    """The Date of answers that are our own (RFC 9110 section 6.6.1); the line is made once a second."""
+
+    __slots__ = ("_line", "_second")
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._line = b""
+
+    def line(self) -> bytes:
+        second = int(time())
+        if second != self._second:
+            self._second = second
+            self._line = f"Date: {formatdate(second, usegmt=True)}\r\n".encode()
+        return self._line
+
+
+_date_line: Final = _Date().line
 
 #: Where a request keeps its Exchange.
 EXCHANGE: Final = web.RequestKey("exchange", Exchange)
@@ -81,8 +103,9 @@ def send(
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers]).encode("latin-1")
     if exchange is not None:
         lines += exchange.headers
-    head = b"%b%bContent-Type: %b\r\n%b%bContent-Length: %d\r\n\r\n" % (
+    head = b"%b%b%bContent-Type: %b\r\n%b%bContent-Length: %d\r\n\r\n" % (
         status_line(status),
+        _date_line(),
         _FIXED,
         content_type.encode(),
         lines,
@@ -128,8 +151,9 @@ def send_comment(request: web.BaseRequest, exchange: Exchange, text: bytes = b"w
         line = b"%x\r\n%b\r\n" % (len(line), line)
     if not exchange.head_sent:
         exchange.head_sent = True
-        line = b"%b%bContent-Type: text/event-stream; charset=utf-8\r\nX-Request-Id: %b\r\n%b%b%b\r\n%b" % (
+        line = b"%b%b%bContent-Type: text/event-stream; charset=utf-8\r\nX-Request-Id: %b\r\n%b%b%b\r\n%b" % (
             status_line(200),
+            _date_line(),
             _FIXED,
             exchange.id.encode(),
             exchange.headers,

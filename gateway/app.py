@@ -156,10 +156,11 @@ class App:
         ring, in_flight = self.keys.ring, self.metrics.in_flight
         return compose(
             stack(
-                routes, OPEN_PATHS, ring, self._settle, in_flight, self.limiter, UNLIMITED, self.failures, self.tokens
+                routes, OPEN_PATHS, ring, self._settle, in_flight, self.limiter, UNLIMITED, self.failures, self.tokens,
+                BILLABLE,
             ),
             Router(routes),
-        )
+        )  # fmt: skip
 
     def apply(self, config: Config) -> list[str]:
         """Go on with `config`: from the next request on, all at once. Gives the settings that only a restart changes.
@@ -183,6 +184,8 @@ class App:
             self.keys.ring.configure(config.api_keys)
         self.transport.idle_s = config.upstream_idle_s
         self._revise_queue(config)
+        if self.shipper is not None:
+            self.shipper.keep_bytes = config.ledger_keep_bytes
         self.comments.every_s = config.comment_s
         self.dispatcher.attempts = config.attempts
         self.continuations.enabled = config.continue_streams

@@ -44,6 +44,7 @@ def stack(
     limited_elsewhere: Container[str],
     failures: Failures,
     tokens: Tokens | None = None,
+    forwarded: Container[str] = (),
 ) -> tuple[Middleware, ...]:
     """The order, outermost first. Metrics sees every answer, so that 401 and 429 are counted; errors are rendered
     before metrics reads the status; hygiene comes before auth, since a request that must not be is nobody's.
@@ -57,7 +58,7 @@ def stack(
     return (
         Metrics(routes, settle, in_flight),
         Errors(),
-        Hygiene(routes),
+        Hygiene(routes, forwarded),
         Auth(keys, open_paths, failures, tokens),
         RateLimit(limiter, limited_elsewhere),
     )

@@ -14,16 +14,20 @@ from aiohttp.http import HttpVersion10, HttpVersion11
 
 from gateway.answer import EXCHANGE
 from gateway.errors import BadRequest, MethodNotAllowed, UnsupportedMedia, VersionNotSupported
-from gateway.wire.headers import raw_target_problem
+from gateway.wire.headers import raw_target_problem, underscore_refused
 from middleware import Answer, Handler
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_UNDERSCORE: Final = ord("_")
 _BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Hygiene:
-    def __init__(self, routes: Container[str]) -> None:
+    """`forwarded`: routes whose headers are looked at where they are made into those for the upstream."""
+
+    def __init__(self, routes: Container[str], forwarded: Container[str] = ()) -> None:
         self._routes = routes
+        self._forwarded = forwarded
 
     def __call__(self, request: web.BaseRequest, handler: Handler) -> Answer:
         version = request.version
@@ -39,6 +43,8 @@ class Hygiene:
                 exchange.route = exchange.path
         if method in _BODILESS and request.body_exists:
             raise BadRequest(f"a {method} request carries no body")
+        if exchange.path not in self._forwarded and any(_UNDERSCORE in name for name, _ in request.raw_headers):
+            raise underscore_refused()
         if "Content-Encoding" in request.headers:
             raise UnsupportedMedia("send the request body without a Content-Encoding")
         return handler(request)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +17,7 @@ from gateway.config.files import Files
 from gateway.config.model import Config, ConfigError, Secret
 from gateway.config.parsing import Collector, Refused
 from gateway.config.providers import Reader, native_root
-from gateway.config.settings import BY_FIELD, BY_VARIABLE, CONFIG_VARIABLE, SETTINGS
+from gateway.config.settings import BY_FIELD, BY_VARIABLE, CONFIG_VARIABLE, SETTINGS, Setting
 
 _PREFIX: Final = "GATEWAY_"
 _KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -94,6 +94,8 @@ def _assemble(layers: tuple[Layer, ...], variables: Mapping[str, str], files: Fi
         if len(found) > 1 and setting.field in ("providers", "api_keys"):
             others = " and ".join(other.origin for other in found[1:])
             collect.warn(top.path, top.source, f"replaces all of {others}", hint="the two are not merged")
+        for other in found[1:]:
+            _look_at_unused(setting, other, variables, collect)
         try:
             values[setting.field] = setting.parse(top.raw)
         except Refused as refused:
@@ -118,6 +120,23 @@ def _assemble(layers: tuple[Layer, ...], variables: Mapping[str, str], files: Fi
     known = {field.name for field in fields(Config)}
     usable = {name: value for name, value in values.items() if name in known}
     return Config(**usable, warnings=tuple(collect.warnings), origins=reader.origins, files=files.marks)
+
+
+def _look_at_unused(setting: Setting, given: Given, variables: Mapping[str, str], collect: Collector) -> None:
+    """Tell what is wrong with a value that another replaces: it stops nothing now, and would when that one goes."""
+    found = Collector()
+    try:
+        setting.parse(given.raw)
+    except Refused as refused:
+        found.refuse(given.path, given.source, refused, given.raw)
+    reader = Reader(found, variables, Files(found))
+    if setting.field == "providers":
+        _providers(given, reader)
+    elif setting.field == "api_keys":
+        _api_keys(given, reader)
+    for problem in found.problems:
+        hint = f"{problem.hint}; not used now" if problem.hint else "not used now"
+        collect.warnings.append(replace(problem, hint=hint))
 
 
 def _across(values: dict[str, Any], given: Layer, collect: Collector) -> None:

@@ -158,7 +158,7 @@ class Shipper:
         self._journal = journal
         self._store = store
         self._grace_s = grace_s
-        self._keep_bytes = keep_bytes
+        self.keep_bytes = keep_bytes
         self._own = _Source(journal.folder)
         if store is not None:
             journal.tallies = Tallies(journal.position)
@@ -217,7 +217,7 @@ class Shipper:
     def _fold(self) -> None:
         """Fold the oldest segments that this process may, until all journals together are small enough."""
         root = self._journal.root
-        over_bytes = folded.size_bytes(root) - self._keep_bytes
+        over_bytes = folded.size_bytes(root) - self.keep_bytes
         if over_bytes <= 0:
             return
         writing = frames.segment_of(self._journal.position)

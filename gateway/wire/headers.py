@@ -121,6 +121,11 @@ def request_headers(items: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, b
     return passed
 
 
+def underscore_refused() -> BadRequest:
+    """For a header name with "_": behind CGI and WSGI it cannot be told from the same with "-"."""
+    return BadRequest("A header name with an underscore is refused: write '-'.", code="invalid_header")
+
+
 class _Verdicts(dict[bytes, bytes]):
     """Header name as it came -> name to send, b"" for one that stays here.
 
@@ -129,7 +134,7 @@ class _Verdicts(dict[bytes, bytes]):
 
     def __missing__(self, raw: bytes) -> bytes:
         if 95 in raw:
-            raise BadRequest("A header name with an underscore is refused: write '-'.", code="invalid_header")
+            raise underscore_refused()
         name = _REQUEST_NAMES.get(raw.lower(), b"")
         if len(self) < 1024:
             self[raw] = name

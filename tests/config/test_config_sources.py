@@ -418,3 +418,25 @@ def test_tenants_from_json_and_from_toml(tmp_path: Path) -> None:
 def test_tenants_that_are_none(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         loaded({"GATEWAY_TENANTS": text})
+
+
+def test_what_another_source_replaces_is_looked_at_too(tmp_path: Path) -> None:
+    """A mistake in it stops nothing, and is told: it would stop the gateway on the day when the other goes."""
+    toml = tmp_path / "gateway.toml"
+    toml.write_text("""
+limits_share = 7.0
+api_keys = "short=x"
+[[providers]]
+provider = "p"
+baseUrl = "localhost:8000"
+""")
+    good = '[{"provider": "q", "baseUrl": "http://h/v1"}]'
+    environ = {"OPENAI_COMPATIBLE_DATA": good, "GATEWAY_LIMITS_SHARE": "0.5", "GATEWAY_API_KEYS": "a=" + "k" * 20}
+    config = load({"HOME": "/home/x", **environ}, toml_file=toml)
+    assert [provider.name for provider in config.providers] == ["q"]
+    told = {warning.path: warning.hint for warning in config.warnings if "not used now" in warning.hint}
+    assert set(told) == {"limits_share", "api_keys entry 1", "providers[0].baseUrl"}
+    assert not [path for path in config.origins if "gateway.toml" in config.origins[path]]
+    with pytest.raises(ConfigError) as caught:
+        load({"HOME": "/home/x"}, toml_file=toml)
+    assert {problem.path for problem in caught.value.problems} == set(told)

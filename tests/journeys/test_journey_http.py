@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import subprocess
+import time
 from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 
 import aiohttp
 import pytest
@@ -479,7 +481,32 @@ async def test_one_content_type_goes_upstream(here: Gateway, upstream: Scripted)
 @pytest.mark.parametrize("name", ["X_Api_Key", "Content_Length", "_", "Authorization_"])
 async def test_header_names_with_an_underscore_are_refused(here: Gateway, upstream: Scripted, name: str) -> None:
     assert_ours(await here.ask("POST", CHAT, chat(), [(name, "1")]), 400, "invalid_header")
+    for path in ("/v1/models", "/livez", "/api/local-llm/providers", "/admin/api/keys", "/nowhere"):
+        assert_ours(await here.ask("GET", path, None, [(name, "1")]), 400, "invalid_header")
     assert not upstream.seen
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key", "status"),
+    [("GET", "/livez", None, 200), ("GET", "/v1/models", "", 200), ("POST", CHAT, None, 401), ("GET", "/x", "", 404)],
+)
+async def test_our_own_answers_have_a_date(here: Gateway, method: str, path: str, key: str | None, status: int) -> None:
+    """RFC 9110 section 6.6.1, in its own format, and of now."""
+    before = int(time.time())
+    answer = await here.ask(method, path, None if method == "GET" else chat(), key=key)
+    assert answer.status == status
+    date = answer.header("Date")
+    assert date is not None
+    assert date.endswith(" GMT")
+    assert before <= parsedate_to_datetime(date).timestamp() <= time.time()
+
+
+async def test_bytes_that_are_no_request_get_a_dated_answer(here: Gateway) -> None:
+    async with here.connect() as client:
+        client.writer.write(b"what is this\r\n\r\n")
+        answer = await client.head()
+        assert answer.status == 400
+        assert answer.header("Date")
 
 
 async def test_response_headers() -> None:
