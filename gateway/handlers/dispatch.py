@@ -20,7 +20,7 @@ import orjson
 
 from gateway import __version__
 from gateway.catalog import Offer
-from gateway.errors import BadRequest, NoCapacity, UpstreamError, UpstreamTimeout
+from gateway.errors import BadRequest, NoCapacity, UpstreamBroken, UpstreamError, UpstreamTimeout
 from gateway.exchange import Attempt, Exchange
 from gateway.handlers.asking import CacheSalt, ask_for, cache_salt
 from gateway.handlers.gate import Gate
@@ -33,6 +33,7 @@ from gateway.upstreams.reply import Reply
 from gateway.upstreams.transport import Transport
 from gateway.upstreams.upstream import Lease, Upstream
 from gateway.wire.body import Body, usage_options
+from gateway.wire.opening import fault
 
 #: operations whose prompts runtimes keep in a prefix cache
 _SALTED: Final = frozenset({"chat", "completions"})
@@ -197,6 +198,8 @@ class Dispatch:
                 reply = self._reply = await self._transport.send(upstream, head, body)
                 if reply.status >= 300:
                     self._judge(reply, offer)
+                elif reply.streaming and reply.status == 200:
+                    self._listen(reply, upstream)
             except UpstreamError as error:
                 pause_s = self._next(error)
                 if pause_s is None:  # nothing better will come: the upstream's own words
@@ -222,6 +225,10 @@ class Dispatch:
             if reply.streaming:
                 assert self._lease is not None
                 self._lease.began(reply.first_byte_at)
+            if not exchange.committed:
+                exchange.headers += upstream.told
+                if exchange.route_reason:
+                    exchange.headers += b"x-gateway-route-reason: %b\r\n" % exchange.route_reason.encode()
             return reply
 
     async def __aexit__(
@@ -306,6 +313,21 @@ class Dispatch:
             raise UpstreamError(
                 f"provider {upstream.provider!r} redirects ({status}): set its `baseUrl` to the final address",
                 code="upstream_redirect",
+            )
+
+    def _listen(self, reply: Reply, upstream: Upstream) -> None:
+        """Raises for a stream that ended, or reported an error, before it had any content."""
+        said = reply.opening
+        if said is None:
+            if reply.complete and reply.body():
+                raise UpstreamBroken(
+                    f"provider {upstream.provider!r} ended its stream before the answer was finished",
+                    code="upstream_incomplete",
+                )
+        elif (text := fault(said)) is not None:
+            raise UpstreamError(
+                f"provider {upstream.provider!r} failed before it began to answer: {text}",
+                code="upstream_stream_error",
             )
 
     def _next(self, error: UpstreamError) -> float | None:

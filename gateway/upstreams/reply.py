@@ -8,6 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final
 
 from gateway.wire.head import ResponseHead
+from gateway.wire.opening import opening
 
 if TYPE_CHECKING:
     from gateway.upstreams.connection import Connection
@@ -44,6 +45,7 @@ class Reply:
         "head",
         "head_complete",
         "moved_at",
+        "opening",
         "received",
         "sent_at",
         "sink",
@@ -58,7 +60,8 @@ class Reply:
         self.head_complete = False
         self.complete = False
         self.received = False  # any byte of an answer
-        self.first_byte_at = 0.0
+        self.first_byte_at = 0.0  # of a stream: of its first content
+        self.opening: bytes | None = None  # of a stream: the event that it began with, an error maybe
         self._buffer: list[bytes] = []
         self._buffered_bytes = 0
         self.sink: Sink | None = None
@@ -151,7 +154,7 @@ class Reply:
         if self.complete:
             return True
         if self.head.streaming:
-            return self._buffered_bytes > 0
+            return self.opening is not None or self._buffered_bytes >= READ_AHEAD_BYTES
         return self._buffered_bytes >= GATHER_BYTES
 
     def _wait(self) -> asyncio.Future[None]:
@@ -165,13 +168,20 @@ class Reply:
 
     def take(self, data: bytes) -> None:
         """Keep a piece of body that came before there was a sink."""
+        self._buffer.append(data)
+        self._buffered_bytes += len(data)
+        if self.head.streaming and self.opening is None:
+            # The first-byte deadline runs on until there is content.
+            if not self.complete and b"\n" not in data and b"\r" not in data:
+                return
+            self.opening = opening(self.body(), lines=self.head.lines, ended=self.complete)
+            if self.opening is None and self._buffered_bytes < READ_AHEAD_BYTES:
+                return
         self.moved_at = monotonic()
         if not self.first_byte_at:
             self.first_byte_at = self.moved_at
-        self._buffer.append(data)
         if self.complete:  # `finish` follows, and wakes
             return
-        self._buffered_bytes += len(data)
         if self._is_ready():
             if self._buffered_bytes >= READ_AHEAD_BYTES:
                 self.pause()
@@ -181,6 +191,8 @@ class Reply:
         """The answer is complete; the connection is no longer ours."""
         self.complete = True
         self._connection = None
+        if self.head.streaming and self.opening is None and self._buffer:
+            self.opening = opening(self.body(), lines=self.head.lines, ended=True)
         if not self.first_byte_at:
             self.first_byte_at = monotonic()
         self._wake()

@@ -85,6 +85,7 @@ class Upstream:
         "slots",
         "tells_loaded",
         "timeouts",
+        "told",
         "weight",
         "windows",
     )
@@ -142,6 +143,8 @@ class Upstream:
         self.on_room: Callable[[Upstream], None] | None = None
         self.failed = 0
         self.breaker = Breaker()
+        #: the header line that names it to the client
+        self.told = b"x-gateway-upstream: %b\r\n" % name.encode("ascii", "backslashreplace")
         self.dialling = 0  # connections being opened
         self.dialling_at = 0.0  # since when no such connection came about, 0.0 while none is being opened
 

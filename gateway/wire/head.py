@@ -21,7 +21,7 @@ class ResponseHead:
     Shared between answers: never changed. `content_length` is None where the framing is chunked or until close.
     """
 
-    __slots__ = ("_lines", "chunked", "content_length", "content_type", "headers", "status", "streaming")
+    __slots__ = ("_lines", "chunked", "content_length", "content_type", "headers", "lines", "status", "streaming")
 
     def __init__(self, block: bytes, status: int) -> None:
         """Read the status line and header lines in `block`, which a strict parser has accepted.
@@ -33,6 +33,7 @@ class ResponseHead:
         self.content_type = b""
         self.content_length: int | None = None
         self.streaming = False
+        self.lines = False  # streaming NDJSON, not SSE
         self.chunked = False
         self._lines: bytes | None = None
         for line in block.split(b"\r\n")[1:]:
@@ -43,6 +44,7 @@ class ResponseHead:
             if lower == b"content-type":
                 self.content_type = value
                 self.streaming = value[:20].lower().startswith(_STREAM_TYPES)
+                self.lines = self.streaming and value[:1] in b"aA"
             elif lower == b"content-length":
                 self.content_length = int(value)
             elif lower == b"transfer-encoding":

@@ -546,7 +546,7 @@ async def test_response_headers() -> None:
     assert sorted(names) == sorted(
         [
             "content-type", "content-length", "x-content-type-options", "cache-control", "x-request-id",
-            "retry-after", "x-custom", "openai-processing-ms",
+            "retry-after", "x-custom", "openai-processing-ms", "x-gateway-upstream", "x-gateway-route-reason",
         ]
     )  # fmt: skip
     assert "CANARY" not in str(answer.headers)

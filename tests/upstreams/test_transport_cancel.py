@@ -18,7 +18,7 @@ from gateway.upstreams.upstream import Upstream
 from tests.upstreams.scripted import BODY, OK, Script, Scripted, client, exchange, head, until
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-EVENT = b"8\r\ndata: 1\n\r\n"
+EVENT = b"9\r\ndata: 1\n\n\r\n"
 CANCELS = 1_000
 SEED = 20
 

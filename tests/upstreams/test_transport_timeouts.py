@@ -93,9 +93,9 @@ async def test_first_byte(name: str) -> None:
     "script",
     [
         [HEAD, b"hel", "hang"],
-        [STREAM, b"8\r\ndata: 1\n\r\n", "hang"],
+        [STREAM, b"9\r\ndata: 1\n\n\r\n", "hang"],
         [b"HTTP/1.1 200 OK\r\n\r\nhel", "hang"],
-        [STREAM, b"8\r\ndata: 1\n\r\n", b"8\r\ndata:", "hang"],
+        [STREAM, b"9\r\ndata: 1\n\n\r\n", b"8\r\ndata:", "hang"],
     ],
     ids=["gathered", "stream", "until close", "in an event"],
 )
@@ -108,7 +108,7 @@ async def test_idle(script: Script) -> None:
 
 async def test_idle_starts_anew_only_when_the_caller_says_so() -> None:
     """Comments are bytes, and no progress: the sink judges."""
-    script: Script = [STREAM, b"8\r\ndata: 1\n\r\n", *[0.05, b"6\r\n: ping\r\n"] * 40, "hang"]
+    script: Script = [STREAM, b"9\r\ndata: 1\n\n\r\n", *[0.05, b"6\r\n: ping\r\n"] * 40, "hang"]
     async with Scripted(script) as server, client() as transport:
 
         async def listen() -> None:
@@ -133,7 +133,7 @@ async def test_idle_starts_anew_only_when_the_caller_says_so() -> None:
     [
         ["hang"],
         [HEAD, "hang"],
-        [STREAM, *[b"8\r\ndata: 1\n\r\n", 0.03] * 40, "hang"],
+        [STREAM, *[b"9\r\ndata: 1\n\n\r\n", 0.03] * 40, "hang"],
         [b"HTTP/1.1 200 OK\r\n\r\n", *[b"x", 0.03] * 40, "hang"],
     ],
     ids=["silent", "head only", "stream", "gathered"],
@@ -146,7 +146,7 @@ async def test_total(script: Script) -> None:
 
 
 async def test_a_client_that_does_not_read_is_not_the_upstreams_idleness() -> None:
-    script: Script = [STREAM, b"8\r\ndata: 1\n\r\n", 0.02, b"8\r\ndata: 2\n\r\n0\r\n\r\n"]
+    script: Script = [STREAM, b"9\r\ndata: 1\n\n\r\n", 0.02, b"9\r\ndata: 2\n\n\r\n0\r\n\r\n"]
     async with Scripted(script) as server, client() as transport:
         reply = await transport.send(server.upstream(idle_s=0.1), head(), BODY)
         pieces: list[bytes] = []
@@ -154,14 +154,14 @@ async def test_a_client_that_does_not_read_is_not_the_upstreams_idleness() -> No
         reply.pause()
         moved(reply)  # what was read before the pause took effect
         await asyncio.sleep(0.4)
-        assert pieces == [b"data: 1\n"]
+        assert pieces == [b"data: 1\n\n"]
         reply.resume()
         await reply.ended()
-        assert pieces == [b"data: 1\n", b"data: 2\n"]
+        assert pieces == [b"data: 1\n\n", b"data: 2\n\n"]
 
 
 async def test_after_the_pause_the_idle_time_runs_again() -> None:
-    async with Scripted([STREAM, b"8\r\ndata: 1\n\r\n", "hang"]) as server, client() as transport:
+    async with Scripted([STREAM, b"9\r\ndata: 1\n\n\r\n", "hang"]) as server, client() as transport:
 
         async def listen() -> None:
             reply = await transport.send(server.upstream(idle_s=LIMIT_S), head(), BODY)
@@ -173,7 +173,7 @@ async def test_after_the_pause_the_idle_time_runs_again() -> None:
 
 
 async def test_a_paused_reply_still_has_its_total_time() -> None:
-    async with Scripted([STREAM, b"8\r\ndata: 1\n\r\n", "hang"]) as server, client() as transport:
+    async with Scripted([STREAM, b"9\r\ndata: 1\n\n\r\n", "hang"]) as server, client() as transport:
 
         async def listen() -> None:
             reply = await transport.send(server.upstream(idle_s=0.05, total_s=LIMIT_S), head(), BODY)
@@ -185,10 +185,10 @@ async def test_a_paused_reply_still_has_its_total_time() -> None:
 
 
 async def test_none_switches_a_timeout_off() -> None:
-    slow: Script = [0.15, STREAM, 0.15, b"8\r\ndata: 1\n\r\n", 0.15, b"0\r\n\r\n"]
+    slow: Script = [0.15, STREAM, 0.15, b"9\r\ndata: 1\n\n\r\n", 0.15, b"0\r\n\r\n"]
     async with Scripted(slow) as server, client() as transport:
         one = server.upstream(first_byte_s=None, idle_s=None, total_s=None)
-        assert await exchange(transport, one) == (200, b"data: 1\n")
+        assert await exchange(transport, one) == (200, b"data: 1\n\n")
 
 
 async def test_limits_changed_while_an_exchange_runs_are_for_the_next_one() -> None:
