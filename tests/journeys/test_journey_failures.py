@@ -190,11 +190,17 @@ async def test_vllms_own_error_event_passes_and_is_recorded() -> None:
     assert (record.outcome, record.status, record.error) == ("partial", 200, "upstream_stream_error")
 
 
-async def test_litellms_error_as_the_first_event_is_no_answer() -> None:
-    """Nothing of an answer has been passed on then: the client gets a status, and with a second upstream an answer."""
+async def test_litellms_own_error_event_passes_and_is_recorded() -> None:
     body = recorded_body("litellm/95-upstream-dies", b"### llama-server")
     assert b'"error"' in body
     answer, record = await replayed(body, "litellm")
+    assert answer.body == body
+    assert (record.outcome, record.error) == ("partial", "upstream_stream_error")
+
+
+async def test_an_error_as_the_first_event_is_no_answer() -> None:
+    """As vLLM's worker dies: nothing of an answer has been passed on then, so the client gets a status."""
+    answer, record = await replayed(recorded_body("vllm/95-engine-dies-mid-stream", b"### vLLM"), "vllm")
     assert (answer.status, answer.error["code"]) == (502, "upstream_stream_error")
     assert (record.outcome, record.error) == ("upstream_error", "upstream_stream_error")
 

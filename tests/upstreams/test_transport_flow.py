@@ -188,11 +188,11 @@ async def test_one_byte_at_a_time() -> None:
 
 
 async def test_an_event_is_handed_on_when_it_is_read_never_gathered() -> None:
-    script = [STREAM, *[b"8\r\ndata: 1\n\r\n", 0.03] * 5, b"0\r\n\r\n"]
+    script = [STREAM, *[b"9\r\ndata: 1\n\n\r\n", 0.03] * 5, b"0\r\n\r\n"]
     async with Scripted(script) as server, client() as transport:
         reply = await transport.send(server.upstream(), head(), BODY)
         pieces: list[bytes] = []
         reply.attach(pieces.append)
         await reply.ended()
-        assert pieces == [b"data: 1\n"] * 5
+        assert pieces == [b"data: 1\n\n"] * 5
         assert await read(reply) == b""
