@@ -97,14 +97,14 @@ async def test_the_body_ends_where_it_ends_and_the_connection_lives_on_only_if_i
 
 async def test_a_stream_is_given_out_with_its_first_byte_and_ends_exactly() -> None:
     start = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    script = [start, b"8\r\ndata: 1\n\r\n", 0.05, b"8\r\ndata: 2\n\r\n0\r\n\r\n"]
+    script = [start, b"9\r\ndata: 1\n\n\r\n", 0.05, b"9\r\ndata: 2\n\n\r\n0\r\n\r\n"]
     async with Scripted(script) as server, client() as transport:
         reply = await transport.send(server.upstream(), head(), BODY)
         assert reply.streaming
         assert not reply.complete
         assert reply.head.content_length is None
         assert (b"Content-Type", b"text/event-stream") in reply.head.headers
-        assert await read(reply) == b"data: 1\ndata: 2\n"
+        assert await read(reply) == b"data: 1\n\ndata: 2\n\n"
         assert reply.complete
 
 
@@ -279,21 +279,21 @@ async def test_an_answer_until_close_is_broken_by_a_reset() -> None:
 
 async def test_a_stream_cut_in_the_middle_gives_what_came_and_then_the_error() -> None:
     start = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    async with Scripted([start + b"8\r\ndata: 1\n\r\n", 0.03, "close"]) as server, client() as transport:
+    async with Scripted([start + b"9\r\ndata: 1\n\n\r\n", 0.03, "close"]) as server, client() as transport:
         reply = await transport.send(server.upstream(), head(), BODY)
         pieces: list[bytes] = []
         reply.attach(pieces.append)
         with pytest.raises(UpstreamBroken, match="in the middle"):
             await reply.ended()
-        assert pieces == [b"data: 1\n"]
+        assert pieces == [b"data: 1\n\n"]
         assert not reply.complete
 
 
 async def test_what_a_sink_raises_comes_out_where_the_end_is_awaited() -> None:
     """On the last piece too, where the answer itself was whole; it is never taken for the upstream's failure."""
     start = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-    first = start + b"8\r\ndata: 1\n\r\n"
-    for rest in ([b"8\r\ndata: 2\n\r\n", "hang"], [b"8\r\ndata: 2\n\r\n0\r\n\r\n"]):
+    first = start + b"9\r\ndata: 1\n\n\r\n"
+    for rest in ([b"9\r\ndata: 2\n\n\r\n", "hang"], [b"9\r\ndata: 2\n\n\r\n0\r\n\r\n"]):
         async with Scripted([first, 0.03, *rest]) as server, client() as transport:  # type: ignore[list-item]
             one = server.upstream()
             reply = await transport.send(one, head(), BODY)

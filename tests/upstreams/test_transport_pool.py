@@ -264,7 +264,7 @@ async def test_a_connection_whose_reading_was_paused_reads_again_in_the_pool() -
     """Paused on the last piece: were it kept so, its close would go unseen, and its next answer unread."""
     stream = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     async with (
-        Scripted([stream, b"8\r\ndata: 1\n\r\n", 0.02, b"8\r\ndata: 2\n\r\n0\r\n\r\n"]) as server,
+        Scripted([stream, b"9\r\ndata: 1\n\n\r\n", 0.02, b"9\r\ndata: 2\n\n\r\n0\r\n\r\n"]) as server,
         client() as transport,
     ):
         one = server.upstream()
@@ -281,7 +281,7 @@ async def test_a_connection_whose_reading_was_paused_reads_again_in_the_pool() -
             await reply.ended()
             reply.resume()  # the client reads again, too late to matter
             reply.close()
-            assert b"".join(pieces) == b"data: 1\ndata: 2\n"
+            assert b"".join(pieces) == b"data: 1\n\ndata: 2\n\n"
         assert server.connections == 1
         assert transport.counts(one) == (0, 1)
 

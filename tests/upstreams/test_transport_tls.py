@@ -43,7 +43,7 @@ Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
 
 
 async def test_trusted(contexts: Contexts) -> None:
-    stream: Script = [STREAM, b"8\r\ndata: 1\n\r\n", 0.02, b"8\r\ndata: 2\n\r\n0\r\n\r\n"]
+    stream: Script = [STREAM, b"9\r\ndata: 1\n\n\r\n", 0.02, b"9\r\ndata: 2\n\n\r\n0\r\n\r\n"]
     scripts = [[OK], stream, [OK]]
     async with (
         Scripted(lambda _, turn: scripts[turn], tls=contexts[0]) as server,
@@ -52,7 +52,7 @@ async def test_trusted(contexts: Contexts) -> None:
         one = server.upstream()
         assert one.scheme == "https"
         assert await exchange(transport, one) == (200, b"{}")
-        assert await exchange(transport, one) == (200, b"data: 1\ndata: 2\n")
+        assert await exchange(transport, one) == (200, b"data: 1\n\ndata: 2\n\n")
         assert await exchange(transport, one) == (200, b"{}")
         assert server.connections == 1
         assert transport.counts(one) == (0, 1)
@@ -143,7 +143,7 @@ async def test_a_handshake_that_never_ends_is_the_connect_timeout(contexts: Cont
         ([UNTIL_CLOSE, "close"], True),
         ([UNTIL_CLOSE, "abort"], False),
         ([OK, "abort"], True),
-        ([STREAM, b"8\r\ndata: 1\n\r\n", 0.02, "close"], False),
+        ([STREAM, b"9\r\ndata: 1\n\n\r\n", 0.02, "close"], False),
     ],
     ids=["alert", "no alert", "reset", "alert at once", "no alert at once", "has a length", "chunked"],
 )
@@ -172,7 +172,7 @@ async def test_an_idle_connection_that_the_server_closes_is_dropped(contexts: Co
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.03])
 async def test_cancelled_it_is_closed_at_once(contexts: Contexts, delay_s: float) -> None:
-    script: Script = [STREAM, b"8\r\ndata: 1\n\r\n", "hang"]
+    script: Script = [STREAM, b"9\r\ndata: 1\n\n\r\n", "hang"]
     async with Scripted(script, tls=contexts[0]) as server, client(contexts[1]) as transport:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # the server's side of it
         one = server.upstream()
