@@ -41,7 +41,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "importers": frozenset({"config"}),
     "fleet": frozenset({"catalog", "config", "errors", "store", "upstreams"}),
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
-    "sim": frozenset({"wire", "errors"}),
+    "sim": frozenset({"routing", "wire", "errors"}),
     "answer": frozenset({"exchange", "errors"}),
     "handlers": frozenset(
         {"answer", "catalog", "config", "upstreams", "runtimes", "wire", "dialects", "exchange", "ledger", "metrics"}

@@ -87,6 +87,11 @@ class Load:
                 return left
         return left
 
+    @property
+    def waiting(self) -> int:
+        """Requests whose answer has not begun."""
+        return len(self._prefills)
+
     def rate(self, model: str) -> float | None:
         """Prompt tokens per second, None until it is known."""
         learned = self.rates.get(model)

@@ -211,10 +211,12 @@ def lmetric(candidates: Sequence[T], ask: Ask) -> Choice[T]:
 _WARM: Final = 0.8
 #: what makes estimates of a few hundredths of a second nearly equal, so that streams decide where decoding bounds
 _FLOOR_S: Final = 0.25
+#: of those who wait for a first token, how many will wait for this prompt, too
+_BEHIND: Final = 0.4
 
 
 class _Estimate(Generic[T]):
-    __slots__ = ("cached", "candidate", "loads", "ttft_s", "uncached")
+    __slots__ = ("cached", "candidate", "compute_s", "loads", "ttft_s", "uncached")
 
     def __init__(self, candidate: T, ask: Ask, rate: float) -> None:
         load: Load = candidate.upstream.load
@@ -222,7 +224,8 @@ class _Estimate(Generic[T]):
         self.candidate = candidate
         self.cached = load.index.match(prompt)
         self.uncached = max(1, prompt.tokens - self.cached)
-        self.ttft_s = (load.backlog_tokens(rate, ask.now) + self.uncached) / rate
+        self.compute_s = self.uncached / rate
+        self.ttft_s = load.backlog_tokens(rate, ask.now) / rate + self.compute_s
         self.loads = candidate.unloaded
         loading = load.loading.get(ask.model)
         if loading is not None and loading.until > ask.now:  # it was asked for: its next prompts wait for it too
@@ -245,18 +248,22 @@ def estimated_ttft(candidates: Sequence[T], ask: Ask) -> Choice[T]:
 def sticky(candidates: Sequence[T], ask: Ask) -> Choice[T]:
     """Where the prompt is warm, until that engine is so busy that another one is better although it must compute more.
 
-    Engines are compared by the estimated time to the first token, times the root of their streams: of two that answer
-    about as soon the emptier one is better for what comes after, and a prefix that many ask for spreads over the fleet.
+    Engines are compared by the estimated time to the first token, with two thoughts of others. What must be computed
+    counts more the more requests wait, for they wait for it, too: a fleet with nothing to spare goes where the caches
+    are. And of two that answer about as soon, the one with fewer streams is better for what comes after (the time is
+    multiplied by their root), so that a prefix that many ask for spreads over the fleet.
     """
     estimates = _estimates(candidates, ask)
-    best = min(estimates, key=_cost)
+    behind = _BEHIND * sum(one.upstream.load.waiting for one in candidates) / len(candidates)
+
+    def cost(one: _Estimate[T]) -> tuple[float, float]:
+        upstream = one.candidate.upstream
+        streams = upstream.load.streams / upstream.weight
+        all_s = one.ttft_s + behind * one.compute_s + _FLOOR_S
+        return all_s * sqrt(streams + 1), upstream.load.served / upstream.weight
+
+    best = min(estimates, key=cost)
     return best.choice(_reason(best, estimates, ask))
-
-
-def _cost(one: _Estimate[Any]) -> tuple[float, float]:
-    upstream = one.candidate.upstream
-    streams = upstream.load.streams / upstream.weight
-    return (one.ttft_s + _FLOOR_S) * sqrt(streams + 1), upstream.load.served / upstream.weight
 
 
 def _reason(best: _Estimate[T], estimates: Sequence[_Estimate[T]], ask: Ask) -> str:

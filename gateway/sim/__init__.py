@@ -1,8 +1,8 @@
 """The simulated engine: a faithful fake runtime for tests, demonstrations and benchmarks. It is no language model.
 
 It speaks vLLM's dialect over a real socket, with deterministic text, vLLM's scheduling and prefix cache as a model,
-and faults on demand. May import: stdlib, orjson, msgspec, httptools; nothing of the gateway. `engine`, `text`,
-`faults`, `dialect` and `shapes` do no I/O.
+and faults on demand. May import: stdlib, orjson, msgspec, httptools; of the gateway only `routing`,
+and that in `replay`. `engine`, `text`, `faults`, `dialect` and `shapes` do no I/O.
 
     async with SimServer(models=("sim",)) as sim:      # instant; Engine(speed=1.0) for an H100-like pace
         sim.url                                        # "http://127.0.0.1:PORT/v1"; sim.root without /v1
@@ -29,7 +29,8 @@ beginning (a final message to continue, a prompt that ends with it), its rest. A
     runtimes  what differs from vLLM elsewhere: llama.cpp
     listener, connection, response, generation, server    the socket side
     control   the door by which a running fleet is broken and mended: faults, kill, revive
-    cli       `llm-gateway sim serve`, and `demo_engine()`, the provider shown when no runtime is found
+    replay/   `llm-gateway sim replay`: policies on a virtual clock; a room of its own
+    cli       `llm-gateway sim serve | replay`, and `demo_engine()`, the provider shown when no runtime is found
 """
 
 from gateway.sim.cli import demo_engine

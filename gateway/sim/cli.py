@@ -1,4 +1,6 @@
-"""`llm-gateway sim serve`: simulated engines in the foreground; and the engine behind the provider `demo`."""
+"""`llm-gateway sim serve | replay`: simulated engines in the foreground, or on a virtual clock; and the engine behind
+the provider `demo`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from contextlib import AsyncExitStack
 from gateway.sim.control import Control
 from gateway.sim.engine import Engine, Pace
 from gateway.sim.faults import NONE, Faults, parse_pairs
+from gateway.sim.replay import cli as replay
 from gateway.sim.runtimes import RUNTIMES
 from gateway.sim.server import SimServer
 
@@ -45,9 +48,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--fault", action="append", default=[], metavar="KEY=VALUE", help="e.g. cut_at_token=5; may be repeated"
     )
+    serve.set_defaults(sim=serve_engines)
+    replayed = commands.add_parser("replay", help="what each routing policy would make of a load")
+    replay.add_arguments(replayed)
+    replayed.set_defaults(sim=lambda args, loop_factory: replay.run(args))
 
 
 def run(args: argparse.Namespace, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> int:
+    code: int = args.sim(args, loop_factory)
+    return code
+
+
+def serve_engines(args: argparse.Namespace, loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> int:
     """Serve until SIGINT or SIGTERM. 2 for unusable arguments, 1 if an address is taken. Faster with uvloop's
     `new_event_loop` as `loop_factory`."""
     try:

@@ -446,11 +446,12 @@ class Engine:
     def _advance(self, sequence: _Sequence, count: int) -> None:
         """`count` more of its tokens are computed."""
         sequence.computed += count
-        blocks = sequence.request.blocks
-        for block in blocks[len(sequence.held) : sequence.computed // self.block_tokens]:
-            self.pool.fill(block)
-            sequence.held.append(block)
-            sequence.blank -= 1
+        blocks, held = sequence.request.blocks, sequence.held
+        if len(held) < len(blocks):
+            for block in blocks[len(held) : sequence.computed // self.block_tokens]:
+                self.pool.fill(block)
+                held.append(block)
+                sequence.blank -= 1
 
     def _complete(self, now: float) -> list[Event]:
         events: list[Event] = []

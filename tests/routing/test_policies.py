@@ -105,7 +105,7 @@ def test_a_conversation_stays_where_it_is_warm() -> None:
 def test_it_leaves_a_warm_engine_that_is_saturated() -> None:
     engines = fleet(2, rates=[1000.0, 1000.0])
     choice, lease = send(engines, POLICIES[DEFAULT], ask(3, 2000))
-    lease.began(1.0)
+    lease.began(2.0)
     lease.release()
     home = choice.candidate
     Lease(home.load, 800, 10.0)  # 0.8 s of work, and then nothing to compute: sooner than 2 s elsewhere
@@ -115,6 +115,20 @@ def test_it_leaves_a_warm_engine_that_is_saturated() -> None:
     assert spilled.candidate is not home
     assert (spilled.reason, spilled.cached, spilled.uncached) == ("spill", 0, 2000)
     assert spilled.ttft_s == pytest.approx(2.0)
+
+
+def test_a_full_fleet_goes_where_the_caches_are() -> None:
+    """With nothing to spare, what must be computed is waited for by all: a longer wait at the warm engine is better."""
+    engines = fleet(2, rates=[1000.0, 1000.0])
+    choice, lease = send(engines, POLICIES[DEFAULT], ask(3, 2000))
+    lease.began(2.0)
+    lease.release()
+    home, other = choice.candidate, next(one for one in engines if one is not choice.candidate)
+    for _ in range(6):
+        Lease(home.load, 1700, 10.0)
+        Lease(other.load, 1300, 10.0)
+    assert POLICIES["estimated_ttft"](engines, ask(3, 2000, 10.0)).candidate is other
+    assert POLICIES[DEFAULT](engines, ask(3, 2000, 10.0)).candidate is home
 
 
 def test_faster_engines_take_more_without_weights() -> None:
