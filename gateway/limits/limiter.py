@@ -170,7 +170,7 @@ class Limiter:
         if shared is None or not shared.up:
             self._alone(exchange, entry, needs, taken, now)
             return None
-        if take_loaned(needs, now):
+        if take_loaned(needs, now, shared.owe):
             taken.needs = needs
             exchange.taken = taken
             if entry.fixed is None:
@@ -312,6 +312,9 @@ class Limiter:
             amount -= lent
             if not amount:
                 return
+        elif bucket.loan - amount <= bucket.lent and monotonic() < bucket.held_until:
+            bucket.loan -= amount
+            return
         bucket.owed += amount
         self._shared.owe(bucket)
 

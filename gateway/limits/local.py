@@ -7,7 +7,7 @@ is away, decides from its share of the bucket by the same arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from gateway.limits import bucket as arithmetic
@@ -25,8 +25,10 @@ _LOAN_PART: Final = 16
 #: nothing refills a budget, so what a process that dies had on loan is lost to its key
 _BUDGET_LOAN_PART: Final = 128
 _LEND_FROM_REQUESTS: Final = 64
-#: a loan aims at the needs of so many requests
+#: a loan aims at the needs of so many requests, at least
 _LOAN_REQUESTS: Final = 32
+#: and at lasting about so long: one half of it is used before more is asked for
+_LOAN_S: Final = 0.5
 
 
 class Bucket:
@@ -42,18 +44,21 @@ class Bucket:
         "in_use",
         "key",
         "kind",
+        "lent",
         "level",
         "level_at",
         "life_ms",
         "limit",
         "loan",
         "loan_max",
+        "low",
         "need",
         "owed",
         "rules",
         "sent",
         "seq",
         "share",
+        "size",
         "unit",
         "used_at",
     )
@@ -78,6 +83,10 @@ class Bucket:
             small = limit.resource in ("requests", "concurrent") and limit.burst < _LEND_FROM_REQUESTS
             self.loan_max = 0 if small else burst // _LOAN_PART
         self.loan = 0  # on loan and unused; of slots: held and free
+        #: on loan by the store's last word; what is given back may go to the loan up to that, and is charged to nobody
+        self.lent = 0
+        self.low = 0  # a loan that falls below it is topped up
+        self.size = 0  # what loans aim at
         self.in_use = 0  # slots
         self.held_until = 0.0
         self.asked_at = 0.0  # when the store was last told what is held
@@ -113,10 +122,20 @@ class Bucket:
     def observe(self) -> bool:
         return self.limit is not None and self.limit.observe
 
-    def want(self, need: int) -> int:
-        """How much to borrow for requests of this size; 0 if the bucket is too small to be divided."""
-        want = min(self.loan_max, need * _LOAN_REQUESTS)
-        return want if want >= need else 0
+    def aim(self, need: int, now: float) -> int:
+        """How much to have on loan for requests of this size; 0 if the bucket is too small to be divided. Learned: a
+        loan that was used up soon is doubled, one that lasted long is halved.
+        """
+        if self.loan_max < need:
+            return 0
+        since_s = now - self.asked_at
+        if since_s < _LOAN_S:
+            if self.loan * 2 < self.lent:
+                self.size *= 2
+        elif since_s > 4 * _LOAN_S:
+            self.size //= 2
+        self.size = min(self.loan_max, max(self.size, need * _LOAN_REQUESTS))
+        return self.size
 
     def idle(self) -> bool:
         """Nothing is held, owed or in use: forgetting the bucket loses nothing the store does not know."""
@@ -161,16 +180,19 @@ def used_of(bucket: Bucket, prompt: int, completion: int, cost: float | None) ->
     return None
 
 
-def take_loaned(needs: Needs, now: float) -> bool:
-    """Take all needs from what is on loan, or nothing at all."""
+def take_loaned(needs: Needs, now: float, low: Callable[[Bucket], None]) -> bool:
+    """Take all needs from what is on loan, or nothing at all. `low` is told of loans that want to be topped up."""
     for bucket, amount in needs:
         if bucket.loan < amount or now >= bucket.held_until:
             return False
     for bucket, amount in needs:
-        bucket.loan -= amount
+        left = bucket.loan = bucket.loan - amount
         bucket.used_at = now
         if bucket.kind == SLOTS:
             bucket.in_use += amount
+        if left < bucket.low:
+            bucket.low = 0  # said once
+            low(bucket)
     return True
 
 
@@ -188,7 +210,7 @@ def take_share(needs: Needs, now: float, part: float) -> tuple[Bucket | None, li
             # From what was last heard of the store, and what is still on loan: an outage is no new burst.
             state = bucket.share = State(min(rules.burst, int(bucket.known(now) * part)), 0, now_us)
             if bucket.kind != SLOTS:
-                bucket.loan = 0
+                bucket.loan = bucket.lent = bucket.low = 0
         if bucket.kind == SLOTS:
             state.level = rules.burst - bucket.in_use
         else:

@@ -15,7 +15,7 @@ from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.limits.local import SLOTS, Bucket, Needs, shared_out
+from gateway.limits.local import SLOTS, Bucket, Needs, shared_out, take_loaned
 from gateway.store.client import REQUEST_TIMEOUT_S, Store, StoreAway, StoreError
 from gateway.store.scripts import Script
 
@@ -113,7 +113,12 @@ class Shared:
         try:
             while self._waiting or self._due:
                 batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
+                # What the last call borrowed is there for those who came meanwhile.
+                now = monotonic()
+                batch = [ask for ask in batch if not self._granted(ask, now)]
                 buckets = self._take_due()
+                if not (batch or buckets):
+                    continue
                 for ask in batch:
                     for bucket, _ in ask.needs:
                         buckets[bucket.key] = bucket
@@ -122,6 +127,16 @@ class Shared:
         finally:
             self._task = None
             self._arm()
+
+    def _granted(self, ask: Ask, now: float) -> bool:
+        """Whether the request need not be asked for any more: what is on loan suffices, or its client has left."""
+        if ask.done.done():
+            return True
+        if not take_loaned(ask.needs, now, self.owe):
+            return False
+        ask.taken.needs = ask.needs
+        ask.done.set_result(None)
+        return True
 
     def _take_due(self) -> dict[str, Bucket]:
         due = self._due
@@ -144,12 +159,12 @@ class Shared:
                 largest[bucket.key] = max(largest.get(bucket.key, 0), amount)
         args: list[Any] = [self._process, int(LOAN_S * 1e6)]
         for bucket in buckets.values():
-            need = largest.get(bucket.key, 0)
-            if need:
-                bucket.need = need
+            need = asked = largest.get(bucket.key, 0)
+            if asked:
+                bucket.need = asked
             elif lend and now - bucket.used_at < IDLE_S:
                 need = bucket.need  # it is in use, and only told something else
-            args += _told(bucket, bucket.want(need) if need else 0, now, self.part)
+            args += _told(bucket, bucket.aim(need, now) if need else 0, now, self.part, keep=not asked)
         args.append(len(batch))
         for ask in batch:
             args.append(len(ask.needs))
@@ -165,6 +180,8 @@ class Shared:
             bucket.sent = 0
             bucket.level, bucket.level_at = int(level), now
             bucket.loan += int(loan)
+            bucket.lent += int(loan)
+            bucket.low = bucket.lent // 2
             bucket.ceiling = -1
             bucket.asked_at, bucket.held_until = now, now + USE_S
             if bucket.loan or bucket.in_use:
@@ -199,11 +216,11 @@ class Shared:
             ask.done.set_result(refusing)
 
     def _failed(self, error: Exception, batch: list[Ask], buckets: Iterable[Bucket]) -> None:
-        """Nobody knows whether the call was heard: its loans are gone, its charges will be told again."""
+        """Nobody knows whether the call was heard: what it asked for is gone, its charges will be told again."""
         for bucket in buckets:
             if bucket.sent or bucket.owed or bucket.in_use:
                 self._due[bucket.key] = bucket
-            if not bucket.in_use:
+            if not (bucket.in_use or bucket.loan):
                 self._held.pop(bucket.key, None)
         waiting, self._waiting = [*batch, *self._waiting], []
         for ask in waiting:
@@ -231,22 +248,33 @@ class Shared:
         self._arm()
 
 
-def _told(bucket: Bucket, want: int, now: float, part: float) -> tuple[int, ...]:
-    """What the script is told of a bucket. What was on loan is returned with it, and is gone from here."""
+def _told(bucket: Bucket, aim: int, now: float, part: float, *, keep: bool) -> tuple[int, ...]:
+    """What the script is told of a bucket that should have `aim` on loan.
+
+    `keep`: what is on loan stays here, and requests take from it while the store is asked for more. It is returned, and
+    gone from here, where a request asks (what was left may be just what it lacks), where nothing is wanted any more,
+    and where its time is over.
+    """
     rules = bucket.rules
     if bucket.share is not None:  # this process was on its own: what it granted is missing in the store
         if bucket.kind != SLOTS:
             bucket.ceiling = max(0, rules.burst - (shared_out(bucket, part).burst - bucket.share.level))
         bucket.share = None
+    fresh = now < bucket.held_until
+    keep = keep and aim > 0 and fresh
     if bucket.kind == SLOTS:
-        held = bucket.in_use
+        held = bucket.in_use + (bucket.loan if keep else 0)
     else:
-        held = bucket.loan if now < bucket.held_until else 0
-    bucket.loan = 0
+        held = bucket.loan if fresh else 0
+    if not keep:
+        bucket.loan = 0
+    # From now on the store may think that so much is held: no more is put back to the loan than is used of it.
+    bucket.lent = bucket.loan
+    bucket.low = 0
     if not bucket.sent and bucket.owed:
         bucket.sent, bucket.owed = bucket.owed, 0
         bucket.seq += 1
     return (
-        *(rules.burst, rules.rate, rules.debt, bucket.kind, held, bucket.seq, bucket.sent, bucket.ceiling, want),
-        *(int(bucket.observe), bucket.life_ms),
+        *(rules.burst, rules.rate, rules.debt, bucket.kind, held, bucket.seq, bucket.sent, bucket.ceiling),
+        *(max(0, aim - bucket.loan), int(bucket.observe), bucket.life_ms, int(keep)),
     )

@@ -6,18 +6,19 @@
 --
 -- KEYS     the buckets
 -- ARGV     process, loan's life (us), then for each bucket:
---            burst, rate, debt, kind, held, seq, charge, ceiling, want, observe, life (ms, 0 for ever)
+--            burst, rate, debt, kind, held, seq, charge, ceiling, want, observe, life (ms, 0 for ever), keep
 --              kind     0 tokens; 1 slots; 2 budget: what is left is enough for any request
---              held     tokens: unused of the loan, returned herewith; slots: in use
+--              held     tokens: unused of the loan; slots: in use, and free ones that are kept
+--              keep     1: tokens held stay on loan; 0: they are returned herewith
 --              charge   taken after the fact, once for each seq; negative: given back
 --              ceiling  the level is at most this; -1: any
---              want     to take on loan beyond what the requests need
+--              want     to take on loan beyond what the requests need and what is kept
 --            then the number of requests, and for each: the number of its needs, and for each: bucket, amount
 -- Returns  {levels}, {loans}, {for each request {0, observed buckets...} or {the bucket that refuses}}
 local MICRO = 1000000
 local ELAPSED_MAX = 100000000000000
 local FORGET = 600 * MICRO
-local WIDTH = 11
+local WIDTH = 12
 
 local function text(number)
   return string.format('%.0f', number)
@@ -34,7 +35,7 @@ for i, key in ipairs(KEYS) do
   local b = {
     burst = tonumber(ARGV[at + 1]), rate = tonumber(ARGV[at + 2]), debt = tonumber(ARGV[at + 3]),
     kind = tonumber(ARGV[at + 4]), held = tonumber(ARGV[at + 5]), seq = tonumber(ARGV[at + 6]),
-    want = tonumber(ARGV[at + 9]), observe = ARGV[at + 10] == '1', life = tonumber(ARGV[at + 11]),
+    want = tonumber(ARGV[at + 9]), observe = ARGV[at + 10] == '1', life = tonumber(ARGV[at + 11]), kept = 0,
     level = tonumber(ARGV[at + 1]), frac = 0, at = now, out = 0, mine = 0, done = 0, taken = 0, changed = false,
   }
   local raw = redis.call('HGETALL', key)
@@ -88,8 +89,14 @@ for i, key in ipairs(KEYS) do
         b.level, b.frac = level, part % MICRO
       end
     end
-    room = b.burst - b.out
-    b.level = math.min(b.level + b.held, room)
+    if ARGV[at + 12] == '1' then
+      b.kept = b.held
+      room = b.burst - b.out - b.kept
+    else
+      room = b.burst - b.out
+      b.level = b.level + b.held
+    end
+    b.level = math.min(b.level, room)
     local charge, ceiling = tonumber(ARGV[at + 7]), tonumber(ARGV[at + 8])
     if charge ~= 0 and b.seq > b.done then
       b.level = math.min(math.max(b.level - charge, -b.debt), room)
@@ -147,7 +154,7 @@ for i, key in ipairs(KEYS) do
   local b = buckets[i]
   local loan = math.max(0, math.min(b.want, math.floor(b.level / 4)))
   levels[i], loans[i] = text(b.level - loan), text(loan)
-  local hold = loan
+  local hold = b.kept + loan
   if b.kind == 1 then
     hold = b.held + b.taken + loan
   end

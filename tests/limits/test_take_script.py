@@ -18,7 +18,7 @@ LIFE_US = 10_000_000
 def told(rules: Rules, kind: int = 0, held: int = 0, seq: int = 0, charge: int = 0, **more: int) -> list[int]:
     return [
         *(rules.burst, rules.rate, rules.debt, kind, held, seq, charge),
-        *(more.get("ceiling", -1), more.get("want", 0), more.get("observe", 0), 60_000),
+        *(more.get("ceiling", -1), more.get("want", 0), more.get("observe", 0), 60_000, more.get("keep", 0)),
     ]
 
 
