@@ -251,6 +251,8 @@ class Catalog:
                 upstream.api_key = provider.api_key.value
                 upstream.timeouts = provider.timeouts
                 upstream.max_in_flight = provider.max_in_flight
+                if provider.cache_tokens is not None:
+                    upstream.size_cache(provider.cache_tokens)
                 upstream.weight = provider.weight * host.weight
                 upstream.draining = upstream.identity in self._drained
                 names.add(upstream.name)

@@ -74,6 +74,8 @@ def _provider_rows(config: Config, path: str, provider: Provider) -> Iterator[Ro
     yield row("weight", provider.weight)
     if provider.max_in_flight is not None:
         yield row("max_in_flight", provider.max_in_flight)
+    if provider.cache_tokens is not None:
+        yield row("cache_tokens", provider.cache_tokens)
     for name in ("connect", "first_byte", "idle", "total"):
         yield row(f"timeouts.{name}", getattr(provider.timeouts, f"{name}_s") or "off")
     if provider.discover:

@@ -118,7 +118,7 @@ class Provider:
     are more. `runtime` is a name in RUNTIMES, or "" for a generic OpenAI-compatible server. `discover`: `models` was
     left out, so the upstream is asked. `origin` names the configuration entry in words an operator can search for
     ("environment OPENAI_COMPATIBLE_DATA[0]", "gateway.toml:providers[1]"). `max_in_flight`: requests each address
-    takes at once; None leaves that to what the runtime says of itself.
+    takes at once, `cache_tokens` what its prefix cache holds; None leaves that to what the runtime says of itself.
     """
 
     name: str
@@ -131,6 +131,7 @@ class Provider:
     timeouts: Timeouts = field(default_factory=Timeouts)
     origin: str = "default"
     max_in_flight: int | None = None
+    cache_tokens: int | None = None
     lookups: tuple[Lookup, ...] = ()
 
 

@@ -42,6 +42,7 @@ _PROVIDER_KEYS: Final = (
     "runtime",
     "weight",
     "maxInFlight",
+    "cacheTokens",
     "timeouts",
 )
 _MODEL_KEYS: Final = (
@@ -180,13 +181,16 @@ class Reader(Report):
         key = entry.take("apiKey", self.secret, Secret(""))
         weight = entry.take("weight", parsing.whole(1, 1_000_000), 1)
         most = entry.take("maxInFlight", parsing.whole(1, 1_000_000), None)
+        cache = entry.take("cacheTokens", parsing.whole(1, 2**40), None)
         urls, lookups = self._addresses(entry, runtime)
         timeouts = self._timeouts(entry)
         discover = entry.raw.get("models") is None
         models = self._models(entry)
         if not name:
             return None
-        return Provider(name, urls, runtime, key, models, discover, weight, timeouts, entry.origin, most, lookups)
+        return Provider(
+            name, urls, runtime, key, models, discover, weight, timeouts, entry.origin, most, cache, lookups
+        )
 
     def _addresses(self, entry: Entry, runtime: str) -> tuple[tuple[str, ...], tuple[Lookup, ...]]:
         def parse(raw: object) -> str | Lookup:

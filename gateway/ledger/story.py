@@ -121,6 +121,8 @@ def _ended(story: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "usage", f"{read}, {story['completion_tokens']} out ({story['reasoning_tokens']} reasoning){counted}"
         yield "cost", "not known: no price" if story["cost"] is None else f"{story['cost']:.10g}"
     first = "" if story["ttft_s"] is None else f", the first content after {story['ttft_s']:g} s"
+    if story.get("believed_cached_tokens") is not None:
+        yield "cache", f"about {story['believed_cached_tokens']} tokens of the prompt were expected to be in it"
     for field, words in (("ttft_predicted_s", "predicted first content after"), ("queued_s", "waited for room")):
         if story.get(field):
             first += f", {words} {story[field]:g} s"
@@ -145,5 +147,6 @@ _SAID: Final[Sequence[str]] = (
     *("request_id", "method", "route", "at", "client", "key", "group", "model", "model_asked", "limits", "upstream"),
     *("provider", "route_reason", "attempts", "attempts_made", "open", "prompt_tokens", "completion_tokens"),
     *("cached_tokens", "reasoning_tokens", "estimated", "cost", "ttft_s", "ttft_predicted_s", "queued_s"),
+    "believed_cached_tokens",
     *("duration_s", "outcome", "status", "error", "found_in"),
 )

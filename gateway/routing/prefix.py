@@ -123,11 +123,10 @@ class Index:
     and `match` may search by halves.
     """
 
-    __slots__ = ("__weakref__", "_bound", "_entries", "_turn", "capacity_max_tokens", "capacity_tokens", "tokens")
+    __slots__ = ("__weakref__", "_bound", "_entries", "_turn", "capacity_tokens", "tokens")
 
     def __init__(self, bound: Bound | None = None, capacity_tokens: int = CAPACITY_TOKENS) -> None:
         self.capacity_tokens = capacity_tokens  # what is believed of the engine; `correct` moves it
-        self.capacity_max_tokens = capacity_tokens
         self.tokens = 0
         self._entries: dict[int, int] = {}  # hash -> turn of its last use << _TOKEN_BITS | tokens of its block
         self._turn = 0
@@ -140,7 +139,7 @@ class Index:
 
     def resize(self, capacity_tokens: int) -> None:
         """The engine's cache has this many tokens."""
-        self.capacity_tokens = self.capacity_max_tokens = capacity_tokens
+        self.capacity_tokens = capacity_tokens
         self._fit()
 
     def clear(self) -> None:
@@ -209,7 +208,7 @@ class Index:
 
         Now it holds the whole of it. But where less was held than believed, the engine has dropped what was last used
         when the first missing block was, and therefore all that is older: its cache is smaller than was thought, or
-        new. Where more was held, the cache may be larger.
+        new. Where more was held, and the index is full, the cache is larger.
         """
         prompt = belief.prompt
         held = share * prompt.tokens
@@ -222,8 +221,8 @@ class Index:
             if mark >> _TOKEN_BITS < belief.settled_at:  # else it was under way itself, and no sign of anything
                 self._drop_older(mark)
                 self.capacity_tokens = max(_CAPACITY_MIN_TOKENS, min(self.capacity_tokens, self.tokens))
-        elif held > belief.cached + slack:
-            self.capacity_tokens = min(self.capacity_max_tokens, self.capacity_tokens + self.capacity_tokens // 8)
+        elif held > belief.cached + slack and self.tokens > self.capacity_tokens * 7 // 8:
+            self.capacity_tokens += self.capacity_tokens // 8  # what we dropped for want of room may be there
 
     def drop_entries(self, count: int) -> None:
         """Forget the `count` least recently used blocks."""

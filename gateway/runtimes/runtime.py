@@ -60,6 +60,9 @@ class Runtime:
     continues: Literal["", "asked", "always"] = ""
     #: tokens of a completion for which no length was asked; None: as many as there is room for
     completion_tokens: int | None = None
+    #: a further free door, "" if there is none, whose body tells the tokens that the prefix cache holds, or 0
+    cache_path: str = ""
+    parse_cache: Callable[[bytes], int] = lambda body: 0
     #: requests take `cache_salt`, which keeps tenants apart in the prefix cache
     cache_salt: bool = False
     #: operation -> path of model management; apart from `paths`, so that no prompt route can ever name one

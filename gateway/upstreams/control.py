@@ -225,6 +225,13 @@ class Control:
     async def _learn(self, upstream: Upstream) -> None:
         """Hear what the runtime says of itself at its further door. Its health does not depend on that."""
         runtime = upstream.runtime
+        if runtime.cache_path and upstream.cache_tokens is None:  # it does not change while the engine runs
+            try:
+                async with asyncio.timeout(DETAILS_S):
+                    answer = await self._ask(upstream, runtime.cache_path)
+            except FOREIGN:
+                return
+            upstream.size_cache(runtime.parse_cache(answer.body) if answer.status == 200 else 0)
         if not runtime.details_path:
             return
         try:

@@ -61,6 +61,7 @@ class Upstream:
         "api_key",
         "base_url",
         "breaker",
+        "cache_tokens",
         "dialling",
         "dialling_at",
         "draining",
@@ -132,6 +133,8 @@ class Upstream:
         self.windows: Mapping[str, int] = {}
         #: requests the runtime runs at once, where it tells (llama.cpp)
         self.slots: int | None = None
+        #: what its prefix cache holds, as configured or as it says; None until it was asked, 0 if it does not say
+        self.cache_tokens: int | None = None
         self.draining = False  # an operator's wish: it gets no new request
         self.retired = False  # no longer configured: what runs on it ends, and then its connections are closed
         #: what this process put on it, and learned of its speed and its cache
@@ -151,6 +154,12 @@ class Upstream:
     def suspect(self, now: float) -> bool:
         """Whether connections to it hang: it may be gone without a word, and each request sent there would wait."""
         return self.dialling > 0 and now - self.dialling_at > SUSPECT_S
+
+    def size_cache(self, tokens: int) -> None:
+        """Its prefix cache holds `tokens`, 0 if that is not known."""
+        if tokens and tokens != self.cache_tokens:
+            self.load.index.resize(tokens)
+        self.cache_tokens = tokens
 
     @property
     def in_flight(self) -> int:

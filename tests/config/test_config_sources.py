@@ -71,6 +71,7 @@ FULL = {
     "apiKey": "env:UPSTREAM_KEY",
     "weight": 3,
     "maxInFlight": 32,
+    "cacheTokens": 500_000,
     "timeouts": {"connect": 1, "firstByte": 2.5, "idle": None, "total": "off"},
     "models": [
         {
@@ -89,7 +90,7 @@ def test_a_provider_with_everything(tmp_path: Path) -> None:
     assert provider.base_urls == ("http://gpu1:8000/v1", "http://gpu2:8000/v1", "https://[2001:db8::1]/v1")
     assert provider.api_key.value == "sk-secret"
     assert provider.weight == 3
-    assert provider.max_in_flight == 32
+    assert (provider.max_in_flight, provider.cache_tokens) == (32, 500_000)
     assert provider.timeouts == Timeouts(1.0, 2.5, None, None)
     price = Price(0.1, 0.0, None, 2.0)
     assert provider.models == (Model("big", "big", True, ("b", "large"), 32768, price, continues=False),)

@@ -227,3 +227,40 @@ async def test_what_is_warm_for_one_tenant_is_not_for_another(sims: list[SimServ
             reasons.append(here.record.route_reason)
         assert Counter(reasons) == {"cold": 2, "warm": 2}
         assert reasons == ["cold", "warm", "cold", "warm"]
+
+
+# -- what engines say of themselves -------------------------------------------------------------------------------
+
+
+async def test_an_engine_says_how_large_its_cache_is(sims: list[SimServer]) -> None:
+    sims[0].engine = Engine(blocks=3000)
+    small = provider("small", sims[0].url)
+    silent = provider("silent", sims[1].url)
+    told = provider("told", sims[2].url, cache_tokens=70_000)
+    sims[1].faults = {"status": 404, "paths": ["/metrics"]}
+    async with gateway(small, silent, told) as here:
+        tokens = [one.load.index.capacity_tokens for one in here.app.catalog.upstreams]
+        assert tokens == [48_000, 1_000_000, 70_000]
+
+
+async def test_routing_needs_no_metrics_page(sims: list[SimServer]) -> None:
+    """R3: with it out of reach nothing is different but the size of the caches, which answers teach."""
+    for sim in sims:
+        sim.faults = {"reset": True, "paths": ["/metrics"]}
+    async with gateway(fleet(sims)) as here:
+        messages = [{"role": "user", "content": LONG}]
+        places = {await turn(here, messages) for _ in range(3)}
+        assert len(places) == 1
+        assert here.record.route_reason == "warm"
+        other = [{"role": "user", "content": "other " + LONG}]
+        assert await turn(here, other) not in places
+
+
+async def test_the_ollama_that_has_the_model_loaded_is_preferred(sims: list[SimServer]) -> None:
+    async with gateway(*(provider(f"o{n}", sim.url, runtime="ollama") for n, sim in enumerate(sims))) as here:
+        for upstream in here.app.catalog.upstreams:
+            upstream.tells_loaded = True
+        here.app.catalog.upstreams[2].loaded = frozenset({"sim"})
+        for n in range(6):
+            messages = [{"role": "user", "content": f"{n} {LONG}"}]
+            assert await turn(here, messages) == "o2"

@@ -135,12 +135,28 @@ def test_a_prompt_under_way_is_no_sign() -> None:
     assert held.capacity_tokens == 1000
 
 
-def test_more_than_believed_widens_the_cache_to_what_was_configured() -> None:
-    held = index(100_000)
-    held.capacity_tokens = 50_000
+def test_more_than_believed_widens_a_cache_that_is_full() -> None:
+    """Else it was somebody else's prompt, or one of before we were started."""
+    held = index(10_000)
     for n in range(20):
         held.correct(held.use(prompt(n, n + 100, n + 200)), 1.0)
-    assert held.capacity_tokens == 100_000
+    assert held.capacity_tokens == 10_000
+    for n in range(20, 60):
+        held.correct(held.use(prompt(n, n + 100, n + 200)), 1.0)
+    assert held.capacity_tokens > 15_000
+
+
+def test_an_engine_larger_than_thought_is_found_out() -> None:
+    dice = random.Random(4)
+    engine, belief = Index(None, 200_000), Index(None, 20_000)
+    talks = [[dice.getrandbits(60) for _ in range(10)] for _ in range(100)]
+    for _ in range(3000):
+        one = prompt(*dice.choice(talks))
+        held = engine.match(one)
+        believed = belief.use(one)
+        engine.use(one)
+        belief.correct(believed, held / one.tokens)
+    assert belief.capacity_tokens > 90_000
 
 
 def test_an_engine_smaller_than_thought_is_found_out() -> None:

@@ -133,3 +133,12 @@ def test_recordings_are_whole() -> None:
     recordings = [recording for _, transcript, _ in LISTS for recording in load(transcript)]
     assert all(isinstance(recording, Recording) and recording.status == 200 for recording in recordings)
     assert all(int(recording.header("content-length")) == len(recording.body) for recording in recordings)
+
+
+def test_vllm_says_how_many_tokens_its_cache_holds() -> None:
+    parse = RUNTIMES["vllm"].parse_cache
+    line = b'vllm:cache_config_info{block_size="16",engine="%d",num_gpu_blocks="5000",other="7"} 1.0\n'
+    assert parse(b"# TYPE x gauge\n" + line % 0) == 80_000
+    assert parse(line % 0 + line % 1) == 160_000
+    assert parse(b'vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0') == 0
+    assert parse(b"") == parse(b"\xff{}") == 0
