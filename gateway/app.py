@@ -127,6 +127,7 @@ class App:
             salted=config.cache_salt,
         )
         self.metrics.retries = lambda: self.dispatcher.retries
+        self.metrics.attempt_failures = self.dispatcher.failures
         self.continuations = Continuations(config.continue_streams)
         self.metrics.continued = self.continuations.counts
         self.metrics.journal = self.journal
@@ -356,6 +357,9 @@ class App:
     def _degraded(self) -> list[str]:
         """What is wrong while requests are still served."""
         found = []
+        upstreams = self.catalog.upstreams
+        if upstreams and all(upstream.breaker.gone for upstream in upstreams):
+            found.append("no upstream answers")
         if self.journal is not None and self.journal.failing:
             found.append(f"the journal cannot be written: {self.journal.failing}")
         if self.store is not None and self.store.trouble:

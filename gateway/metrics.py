@@ -159,6 +159,7 @@ class Metrics(Collector):
         self.store: StoreSeries | None = None  # none without a store
         # asked at scrape time: whoever counts these sets them
         self.retries: Callable[[], int] = int
+        self.attempt_failures: dict[str, int] = {}  # by outcome
         self.continued: Mapping[str, int] = {}
         self.journal: Journal | None = None
         self.queue: QueueSeries | None = None
@@ -243,6 +244,12 @@ class Metrics(Collector):
             "gateway_upstream_retries", "Requests sent again because an upstream failed before it answered.",
             value=self.retries(),
         )  # fmt: skip
+        outcomes = CounterMetricFamily(
+            "gateway_attempt_failures", "Attempts that failed, by outcome.", labels=["outcome"]
+        )
+        for outcome, count in list(self.attempt_failures.items()):
+            outcomes.add_metric([outcome], count)
+        yield outcomes
         continued = CounterMetricFamily(
             "gateway_streams_continued",
             "Streams whose engine failed in the middle: another joined in, all but their end was there, or not.",
@@ -334,6 +341,12 @@ class Metrics(Collector):
             "gateway_upstream_draining", "1 while an operator keeps new requests away.", labels=names
         )
         probe_s = GaugeMetricFamily("gateway_upstream_probe_seconds", "Round trip of the last probe.", labels=names)
+        state = GaugeMetricFamily(
+            "gateway_upstream_state",
+            "The circuit breaker: 1 closed, 0.5 half-open (one request is on trial), 0 open (ejected).",
+            labels=names,
+        )
+        ejections = CounterMetricFamily("gateway_upstream_ejections", "Times an upstream was ejected.", labels=names)
         for upstream in self._upstreams():
             label = [upstream.provider, upstream.name]
             in_flight.add_metric(label, upstream.in_flight)
@@ -343,7 +356,9 @@ class Metrics(Collector):
             up.add_metric(label, {"ok": 1.0, "degraded": 0.5}.get(upstream.health.status, 0.0))
             if upstream.health.latency_s is not None:
                 probe_s.add_metric(label, upstream.health.latency_s)
-        yield from (in_flight, served, failed, up, draining, probe_s)
+            state.add_metric(label, {"closed": 1.0, "half_open": 0.5}.get(upstream.breaker.state, 0.0))
+            ejections.add_metric(label, upstream.breaker.opened)
+        yield from (in_flight, served, failed, up, draining, probe_s, state, ejections)
 
     def _store_families(self, store: StoreSeries) -> Iterator[Metric]:
         yield GaugeMetricFamily("gateway_store_up", "1 if the store can be used.", value=store.up.value)

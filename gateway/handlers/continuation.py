@@ -20,6 +20,7 @@ from gateway.errors import GatewayError, UpstreamError, UpstreamGivenUp, Upstrea
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import Plan
 from gateway.upstreams.reply import Reply
+from gateway.wire.opening import reported
 from gateway.wire.usage import Meter, SseMeter
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class Continuations:
             return None
         chat = operation == "chat"
         if not any(map(_goes_on, dispatch.tier)) or not continuable(plan.body, chat):
+            return None
+        if reply.opening is not None and reported(reply.opening) is not None:  # the request's own error, and all of it
             return None
         return Continuation(self, exchange, plan, dispatch, reply, chat)
 

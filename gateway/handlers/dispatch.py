@@ -44,7 +44,8 @@ class Dispatcher:
     """Sends plans to upstreams: `attempts` at most for each, those after the first as the `budget` allows.
 
     `admitted` is told of each attempt before the upstream is asked, `changed` when an upstream was ejected or came
-    back, `doubted` when one may be gone and should be probed now. `retries` counts the attempts after the first.
+    back, `doubted` when one may be gone and should be probed now. `retries` counts the attempts after the first,
+    `failures` those that failed, by outcome.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Dispatcher:
         self.policy = policy
         self.salted: CacheSalt = salted
         self.retries = 0
+        self.failures: dict[str, int] = {}
 
     def dispatch(self, exchange: Exchange, plan: Plan) -> Dispatch:
         self.budget.arrived()
@@ -84,6 +86,7 @@ class Dispatcher:
     def failed(self, upstream: Upstream, outcome: str, now: float) -> None:
         """Lay a failure at the upstream's door, as far as it is its own."""
         rule = RULES.get(outcome, UNKNOWN)
+        self.failures[outcome] = self.failures.get(outcome, 0) + 1
         if not rule.weight:
             upstream.breaker.neutral()
             return

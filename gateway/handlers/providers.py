@@ -101,6 +101,7 @@ def _provider(provider: Provider, principal: Any, now: float) -> dict[str, Any]:
                 "baseUrl": _public_url(upstream),
                 "models": [name for name in upstream.models if principal is None or principal.may_use(name)],
                 "health": _health(upstream.health, now),
+                "state": upstream.breaker.state,
             }
             for upstream in provider.upstreams
         ]

@@ -23,6 +23,9 @@ class Place(Protocol):
     def breaker(self) -> Breaker: ...
 
     @property
+    def dialling(self) -> int: ...
+
+    @property
     def draining(self) -> bool: ...
 
     def suspect(self, now: float) -> bool:
@@ -42,15 +45,20 @@ T = TypeVar("T", bound=Candidate)
 
 def eligible(tier: Sequence[T], tried: Sequence[object], now: float) -> Sequence[T]:
     """Those of `tier` to choose from; empty if there is none. `tried`: the upstreams that this request has been at."""
-    if len(tier) == 1 and not tried:
-        return tier if not tier[0].upstream.draining else ()
+    if not tried:
+        if len(tier) == 1:
+            return tier if not tier[0].upstream.draining else ()
+        for one in tier:  # nearly always all are well: nothing is made then
+            upstream = one.upstream
+            if not upstream.breaker.clear or upstream.dialling or upstream.draining or one.quiet_until > now:
+                break
+        else:
+            return tier
     left = [one for one in tier if not one.upstream.draining and one.quiet_until <= now and one.upstream not in tried]
-    ready = [one for one in left if one.upstream.breaker.allows(now) and not one.upstream.suspect(now)]
-    if 2 * len(ready) >= len(left):
-        return ready or left
-    ready += [
-        one for one in left if one not in ready and not one.upstream.breaker.gone and not one.upstream.suspect(now)
-    ]
+    awake = [one for one in left if not (one.upstream.dialling and one.upstream.suspect(now))]
+    ready = [one for one in awake if one.upstream.breaker.allows(now)]
+    if len(ready) < PANIC_PART * len(left):
+        ready = [one for one in awake if one in ready or not one.upstream.breaker.gone]
     return ready or left
 
 

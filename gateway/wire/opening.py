@@ -19,9 +19,8 @@ from gateway.wire.sse import SseSplitter, parse_event
 #: events without a known content after which a stream is passed on as it is: a dialect of its own, or progress reports
 EVENTS_MAX: Final = 16
 
-_END: Final = re.compile(
-    rb'"finish_reason"\s*:\s*"(?!")|"done"\s*:\s*true|"type"\s*:\s*"(?:message_stop|response\.(?:completed|incomplete))"'
-)
+_FINISH: Final = re.compile(rb'"finish_reason"\s*:\s*"(?!")')
+_END: Final = re.compile(rb'"done"\s*:\s*true|"type"\s*:\s*"(?:message_stop|response\.(?:completed|incomplete))"')
 
 
 def opening(data: bytes, *, lines: bool, ended: bool = False) -> bytes | None:
@@ -29,16 +28,21 @@ def opening(data: bytes, *, lines: bool, ended: bool = False) -> bytes | None:
 
     `lines`: NDJSON, else server-sent events. `ended`: nothing follows, so the last one needs no end of its own.
     """
-    splitter = NdjsonSplitter() if lines else SseSplitter()
-    events = splitter.feed(data)
+    if lines or 13 in data:
+        splitter = NdjsonSplitter() if lines else SseSplitter()
+        events = splitter.feed(data)
+        last = splitter.rest()
+    else:  # as every runtime writes them
+        events = data.split(b"\n\n")
+        last = events.pop()
     if ended:
-        events.append(splitter.rest())
+        events.append(last)
     seen = 0
     for event in events:
         said = event.strip() if lines else parse_event(event)[1].strip()
         if not said:
             continue
-        if said[0] != 123 or CONTENT.search(said) or TOOL_CALL.search(said) or b'"error"' in said or _END.search(said):
+        if said[0] != 123 or CONTENT.search(said) or _decides(said):
             return said
         seen += 1
         if seen == EVENTS_MAX:
@@ -46,10 +50,18 @@ def opening(data: bytes, *, lines: bool, ended: bool = False) -> bytes | None:
     return None
 
 
-def fault(said: bytes) -> str | None:
-    """What an event says went wrong with the engine; None for any other event, and for an error that is the request's
-    own (a code of 4xx but 429), which no other engine would judge differently.
-    """
+def _decides(said: bytes) -> bool:
+    """Whether an event without text says something all the same; `in` is ten times as fast as a pattern."""
+    return (
+        b'"error"' in said
+        or (b"_call" in said and TOOL_CALL.search(said) is not None)
+        or (b'"finish_reason":null' not in said and _FINISH.search(said) is not None)
+        or ((b'"done"' in said or b'"type"' in said) and _END.search(said) is not None)
+    )
+
+
+def reported(said: bytes) -> object | None:
+    """The error that an event reports, an object or a text; None for any other event."""
     if b'"error"' not in said or CONTENT.search(said):
         return None
     try:
@@ -58,8 +70,15 @@ def fault(said: bytes) -> str | None:
         return None
     if not isinstance(document, dict) or document.get("choices"):
         return None
-    error = document.get("error")
-    if not error:
+    return document.get("error") or None
+
+
+def fault(said: bytes) -> str | None:
+    """What an event says went wrong with the engine; None for any other event, and for an error that is the request's
+    own (a code of 4xx but 429), which no other engine would judge differently.
+    """
+    error = reported(said)
+    if error is None:
         return None
     if not isinstance(error, dict):
         return str(error)[:200]

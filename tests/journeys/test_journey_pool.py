@@ -41,7 +41,7 @@ async def dead_url() -> str:
 async def test_simultaneous_arrivals_are_spread_evenly(sims: tuple[SimServer, SimServer]) -> None:
     one, two = sims
     for sim in sims:
-        sim.faults = {"first_token_s": 0.15}
+        sim.faults = {"first_token_s": 1.0}  # all must be there before the first ends
     async with gateway(provider("one", one.url), provider("two", two.url)) as here:
         asked = [asyncio.create_task(here.ask("POST", CHAT, chat(max_tokens=2))) for _ in range(64)]
         first, second = here.app.catalog.upstreams
