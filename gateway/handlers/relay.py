@@ -161,6 +161,7 @@ async def relay(
             sent_bytes += len(data)
             write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
 
+    whole = False  # though it broke off: what failed behind its finish took nothing from it
     try:
         while True:
             client.on_pause = reply.pause
@@ -199,6 +200,7 @@ async def relay(
             exchange.error, exchange.outcome = None, "ok"
             if isinstance(resumed, bytes):
                 tail = resumed
+                whole = True
                 break
             reply, meter = resumed
             exchange.meter = meter
@@ -206,7 +208,7 @@ async def relay(
     finally:
         client.on_pause = client.on_resume = None
         exchange.response_bytes = sent_bytes
-    if meter.error is not None and reply.status < 400:
+    if meter.error is not None and not whole and reply.status < 400:
         _note_error(exchange, meter)
     if closing():
         raise asyncio.CancelledError

@@ -200,6 +200,20 @@ async def test_after_the_first_content_nothing_is_replayed() -> None:
         here.assert_idle()
 
 
+@pytest.mark.parametrize("fault", ["error_event_at_token", "cut_at_token", "clean_cut_at_token", "kill_at_token"])
+async def test_what_fails_behind_the_finish_takes_nothing_from_the_answer(fault: str) -> None:
+    async with engines(2) as sims, gateway(pool(sims)) as here:
+        body = chat(stream=True, max_tokens=5)
+        whole = await ask_once(here, body)
+        outcome = await ask_once(here, {**body, "sim": {fault: 5}})
+        assert outcome.whole
+        assert outcome.text == whole.text
+        assert b'"error"' not in outcome.body
+        _, second = await here.settled(2)
+        assert (second.outcome, second.error, second.completion_tokens) == ("ok", None, 5)
+        here.assert_idle()
+
+
 async def test_one_black_hole_of_eight_does_not_slow_the_others() -> None:
     """R5, as a test can have it: every answer comes, and after the first few none waits for the hole.
     The figure in milliseconds is `python -m tests.bench fleet`'s.

@@ -55,7 +55,8 @@ async def _run(policy: str, seed: int, rate: float, seconds: float, metrics: boo
 
 async def policies(rate: float = 5.0, seconds: float = 40.0, seed: int = 1) -> dict[str, Any]:
     """TTFT as clients see it, by policy; "" is the default."""
-    found = {name or "default": await _run(name, seed, rate, seconds, True) for name in ("", "round_robin", "least")}
+    names = ("", "round_robin", "least_inflight")
+    found = {name or "default": await _run(name, seed, rate, seconds, True) for name in names}
     default, robin = found["default"], found["round_robin"]
     found["default_to_round_robin"] = {
         name: round(default[f"{name}_ms"] / robin[f"{name}_ms"], 3) for name in ("mean", "p90")
