@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: "off" is everybody's.
 CacheSalt = Literal["group", "key", "off"]
 
+#: operations whose prompts runtimes keep in a prefix cache
+CACHED: Final = frozenset({"chat", "completions"})
 #: Chat templates put tools and system prompt before the messages, wherever they stand in the body.
 _PROMPT: Final = ("tools", "functions", "system", "instructions", "messages", "prompt", "input")
 #: What clients call what belongs together, the most explicit first. https://platform.openai.com/docs/api-reference
@@ -32,14 +34,17 @@ def ask_for(plan: Plan, offer: Offer, now: float) -> Ask:
     """What to ask about `plan`, whose model is `offer`'s."""
     body = plan.body
     model = offer.model.name
+    tokens = max(1, len(body.raw) // BYTES_PER_TOKEN)
 
     def prompt() -> Prompt:
+        if plan.operation not in CACHED:
+            return Prompt((), (), tokens)
         return fingerprint(prompt_text(body), seed_of(model, plan.cache_salt))
 
     def session() -> str:
         return plan.session or _session(body)
 
-    return Ask(model, max(1, len(body.raw) // BYTES_PER_TOKEN), prompt, session, now)
+    return Ask(model, tokens, prompt, session, now)
 
 
 def prompt_text(body: Body) -> bytes | memoryview:

@@ -22,7 +22,7 @@ from gateway import __version__
 from gateway.catalog import Offer
 from gateway.errors import BadRequest, NoCapacity, UpstreamBroken, UpstreamError, UpstreamTimeout
 from gateway.exchange import Attempt, Exchange
-from gateway.handlers.asking import CacheSalt, ask_for, cache_salt
+from gateway.handlers.asking import CACHED, CacheSalt, ask_for, cache_salt
 from gateway.handlers.gate import Gate
 from gateway.handlers.resolve import Plan
 from gateway.routing.eligible import eligible, quiet_for_s
@@ -35,8 +35,6 @@ from gateway.upstreams.upstream import Lease, Upstream
 from gateway.wire.body import Body, usage_options
 from gateway.wire.opening import fault
 
-#: operations whose prompts runtimes keep in a prefix cache
-_SALTED: Final = frozenset({"chat", "completions"})
 _USER_AGENT: Final = b"local-llm-gateway/" + __version__.encode()
 
 
@@ -75,7 +73,7 @@ class Dispatcher:
 
     def dispatch(self, exchange: Exchange, plan: Plan) -> Dispatch:
         self.budget.arrived()
-        if plan.operation in _SALTED:
+        if plan.operation in CACHED:
             plan.cache_salt = cache_salt(exchange.principal, self.salted)
         return Dispatch(self, self._transport, exchange, plan)
 

@@ -69,28 +69,22 @@ class Load:
         self.loading: dict[str, Loading] = {}  # by model, where a host loads it when it is asked
         self._prefills: dict[Lease, None] = {}  # in the order they were sent
 
-    def backlog_tokens(self, rate: float, now: float) -> float:
-        """Prompt tokens to be computed before a new one's, at `rate`."""
-        tokens = self.prefill_tokens
-        if not tokens:
-            return 0.0
-        left: float = tokens
+    def backlog(self, rate: float, now: float) -> tuple[float, int]:
+        """What is to be computed before a new prompt, at `rate`: tokens, and requests they are of."""
+        left: float = self.prefill_tokens
+        waiting = len(self._prefills)
         done = -1.0
         for lease in self._prefills:
             if done < 0.0:
                 done = (now - lease.started_at) * rate
             if done < lease.uncached:
-                return left - done
+                return left - done, waiting
             left -= lease.uncached
-            done -= lease.uncached
             if lease.streamed:  # its first content will tell, and has not come yet
-                return left
-        return left
-
-    @property
-    def waiting(self) -> int:
-        """Requests whose answer has not begun."""
-        return len(self._prefills)
+                return left, waiting
+            done -= lease.uncached
+            waiting -= 1
+        return left, waiting
 
     def rate(self, model: str) -> float | None:
         """Prompt tokens per second, None until it is known."""
@@ -102,15 +96,27 @@ class Load:
         self.streams += 1
         self.served += 1
         self.chosen_at = lease.sent_at
+        self._retire(lease.sent_at)
         prefills = self._prefills
         settled_at = next(iter(prefills)).turn if prefills else self.index.turn + 1
         prefills[lease] = None
         self.prefill_tokens += lease.uncached
         return settled_at
 
+    def _retire(self, now: float) -> None:
+        """Whole answers do not tell when their prompt is computed: it is when its time has passed."""
+        while self._prefills:
+            head = next(iter(self._prefills))
+            ends_at = head.started_at + head.uncached / (self.rate(head.model) or PRIOR_RATE)
+            if head.streamed or ends_at > now:
+                return
+            self.drop_prefill(head, ends_at)
+
     def drop_prefill(self, lease: Lease, now: float | None) -> None:
         """The prompt is computed, or given up: the next one in line has the engine from `now` on."""
         prefills = self._prefills
+        if lease not in prefills:
+            return
         was_head = next(iter(prefills)) is lease
         del prefills[lease]
         self.prefill_tokens -= lease.uncached
@@ -232,8 +238,7 @@ class Lease:
         load, self._load = self._load, None
         if load is not None:
             load.streams -= 1
-            if not self.began_at:
-                load.drop_prefill(self, now)
+            load.drop_prefill(self, now)
 
     def __enter__(self) -> Lease:
         return self

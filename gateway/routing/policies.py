@@ -216,7 +216,7 @@ _BEHIND: Final = 0.4
 
 
 class _Estimate(Generic[T]):
-    __slots__ = ("cached", "candidate", "compute_s", "loads", "ttft_s", "uncached")
+    __slots__ = ("cached", "candidate", "compute_s", "loads", "ttft_s", "uncached", "waiting")
 
     def __init__(self, candidate: T, ask: Ask, rate: float) -> None:
         load: Load = candidate.upstream.load
@@ -225,7 +225,8 @@ class _Estimate(Generic[T]):
         self.cached = load.index.match(prompt)
         self.uncached = max(1, prompt.tokens - self.cached)
         self.compute_s = self.uncached / rate
-        self.ttft_s = load.backlog_tokens(rate, ask.now) / rate + self.compute_s
+        tokens, self.waiting = load.backlog(rate, ask.now)
+        self.ttft_s = tokens / rate + self.compute_s
         self.loads = candidate.unloaded
         loading = load.loading.get(ask.model)
         if loading is not None and loading.until > ask.now:  # it was asked for: its next prompts wait for it too
@@ -254,7 +255,7 @@ def sticky(candidates: Sequence[T], ask: Ask) -> Choice[T]:
     multiplied by their root), so that a prefix that many ask for spreads over the fleet.
     """
     estimates = _estimates(candidates, ask)
-    behind = _BEHIND * sum(one.upstream.load.waiting for one in candidates) / len(candidates)
+    behind = _BEHIND * sum(one.waiting for one in estimates) / len(estimates)
 
     def cost(one: _Estimate[T]) -> tuple[float, float]:
         upstream = one.candidate.upstream

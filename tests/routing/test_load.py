@@ -36,7 +36,7 @@ def test_a_lease_is_dropped_however_its_block_is_left(began: bool) -> None:
         raise KeyboardInterrupt
     lease.began(2.0)  # a late word of the engine counts nothing
     lease.cached(1, 2)
-    assert (load.streams, load.prefill_tokens, load.backlog_tokens(100.0, 3.0)) == (0, 0, 0.0)
+    assert (load.streams, load.prefill_tokens, load.backlog(100.0, 3.0)[0]) == (0, 0, 0.0)
 
 
 def test_leases_in_any_order_add_up() -> None:
@@ -53,28 +53,28 @@ def test_leases_in_any_order_add_up() -> None:
             held.append(Lease(load, dice.randrange(1, 1000), float(n)))
         assert load.streams == len(held)
         assert load.prefill_tokens == sum(one.uncached for one in held if not one.began_at)
-        assert 0 <= load.backlog_tokens(10.0, n + 0.5) <= load.prefill_tokens
+        assert 0 <= load.backlog(10.0, n + 0.5)[0] <= load.prefill_tokens
 
 
 def test_what_waits_is_what_is_left() -> None:
     """Prompts are computed in the order they came: the first one's time is known, the others have not begun."""
     load = Load()
     first, second = Lease(load, 1000, 0.0), Lease(load, 600, 1.0)
-    assert load.backlog_tokens(100.0, 4.0) == 1000 - 400 + 600
-    assert load.backlog_tokens(100.0, 60.0) == 600  # late: it may end any moment, but the second has not begun
+    assert load.backlog(100.0, 4.0)[0] == 1000 - 400 + 600
+    assert load.backlog(100.0, 60.0)[0] == 600  # late: it may end any moment, but the second has not begun
     first.began(12.0)
-    assert load.backlog_tokens(100.0, 12.0) == 600
-    assert load.backlog_tokens(100.0, 15.0) == 300
+    assert load.backlog(100.0, 12.0)[0] == 600
+    assert load.backlog(100.0, 15.0)[0] == 300
     second.began(16.0)
-    assert load.backlog_tokens(100.0, 16.0) == 0
+    assert load.backlog(100.0, 16.0)[0] == 0
 
 
 def test_a_prompt_given_up_makes_room() -> None:
     load = Load()
     first, _ = Lease(load, 1000, 0.0), Lease(load, 600, 0.0)
     first.release(5.0)
-    assert load.backlog_tokens(100.0, 5.0) == 600
-    assert load.backlog_tokens(100.0, 6.0) == 500
+    assert load.backlog(100.0, 5.0)[0] == 600
+    assert load.backlog(100.0, 6.0)[0] == 500
 
 
 def test_a_whole_answer_does_not_hold_the_queue() -> None:
@@ -82,9 +82,22 @@ def test_a_whole_answer_does_not_hold_the_queue() -> None:
     load = Load()
     Lease(load, 1000, 0.0, streamed=False)
     Lease(load, 600, 0.0)
-    assert load.backlog_tokens(100.0, 5.0) == 1100
-    assert load.backlog_tokens(100.0, 13.0) == 300
-    assert load.backlog_tokens(100.0, 100.0) == 0
+    assert load.backlog(100.0, 5.0) == (1100, 2)
+    assert load.backlog(100.0, 13.0) == (300, 1)
+    assert load.backlog(100.0, 17.0) == (0, 1)
+
+
+def test_whole_answers_that_are_being_written_are_not_looked_at_again() -> None:
+    load = Load()
+    serve(load, 1000, 1000.0, 0.0)
+    held = [Lease(load, 1000, 10.0, "m", streamed=False) for _ in range(5)]
+    assert load.prefill_tokens == 5000
+    last = Lease(load, 500, 13.5, "m")
+    assert load.prefill_tokens == 2500  # three are computed, the fourth is under way
+    assert load.backlog(1000.0, 13.5) == (2000, 3)
+    for lease in [*held, last]:
+        lease.release(20.0)
+    assert (load.streams, load.prefill_tokens) == (0, 0)
 
 
 # -- the rate -----------------------------------------------------------------------------------------------------
