@@ -244,7 +244,7 @@ class Catalog:
                     index=Index(self._bound),
                 )
                 known[place] = upstream
-                upstream.name = _unique(upstream, names) if several else provider.name
+                upstream.rename(_unique(upstream, names) if several else provider.name)
                 if upstream.retired:
                     upstream.retired = False
                     upstream.breaker.found_well(monotonic())

@@ -25,7 +25,7 @@ from gateway.exchange import Attempt, Exchange
 from gateway.handlers.asking import CACHED, CacheSalt, ask_for, cache_salt
 from gateway.handlers.gate import Gate
 from gateway.handlers.resolve import Plan
-from gateway.routing.eligible import eligible, quiet_for_s
+from gateway.routing.eligible import eligible, quiet_for_s, well
 from gateway.routing.fair import FairQueue
 from gateway.routing.policies import DEFAULT, POLICIES, Ask, Choice
 from gateway.routing.retries import RULES, UNKNOWN, RetryBudget, backoff_s, retry_after_s
@@ -228,6 +228,8 @@ class Dispatch:
                 self._lease.began(reply.first_byte_at)
             if not exchange.committed:
                 exchange.headers += upstream.told
+                if exchange.model != exchange.model_asked:
+                    exchange.headers += b"x-gateway-model: %b\r\n" % exchange.model.encode("ascii", "backslashreplace")
                 if exchange.route_reason:
                     exchange.headers += b"x-gateway-route-reason: %b\r\n" % exchange.route_reason.encode()
             return reply
@@ -241,16 +243,28 @@ class Dispatch:
     # -- whom to ask ------------------------------------------------------------------------------------------------
 
     def _ready(self, now: float) -> Sequence[Offer]:
-        """The offers to choose from now: of the first tier that has any."""
-        tiers = self._plan.tiers
-        while True:
-            tier = tiers[self._tier]
-            if self._able is not None:
-                tier = tuple(filter(self._able, tier))
-            ready = eligible(tier, self._tried, now)
-            if ready or self._tier + 1 >= len(tiers):
+        """The offers to choose from: of the first tier where one is thought well, else of the first that has any."""
+        last = len(self._plan.tiers) - 1
+        ready = self._of(self._tier, now)
+        if self._tier == last or (ready and well(ready, now)):
+            return ready
+        first, found = self._tier, ready
+        for at in range(self._tier + 1, last + 1):
+            ready = self._of(at, now)
+            if ready and well(ready, now):
+                self._tier = at
                 return ready
-            self._tier += 1
+            if ready and not found:
+                first, found = at, ready
+        self._tier = first if found else last
+        return found
+
+    def _of(self, at: int, now: float) -> Sequence[Offer]:
+        """Those of one tier that may be asked."""
+        tier = self._plan.tiers[at]
+        if self._able is not None:
+            tier = tuple(filter(self._able, tier))
+        return eligible(tier, self._tried, now)
 
     async def _room(self, ready: Sequence[Offer]) -> Sequence[Offer]:
         """Wait until one of those that may be asked has room for this request. Raises NoCapacity."""

@@ -62,6 +62,11 @@ def eligible(tier: Sequence[T], tried: Sequence[object], now: float) -> Sequence
     return ready or left
 
 
+def well(ready: Sequence[Candidate], now: float) -> bool:
+    """Whether one of those that may be asked is not ejected, or due for its trial."""
+    return any(one.upstream.breaker.state != "open" or one.upstream.breaker.allows(now) for one in ready)
+
+
 def quiet_for_s(tiers: Sequence[Sequence[Candidate]], now: float) -> float:
     """Seconds until the first of those that asked to be left alone may be asked again; 0.0 if none has."""
     waits = [one.quiet_until - now for tier in tiers for one in tier if one.quiet_until > now]

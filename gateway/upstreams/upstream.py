@@ -147,7 +147,8 @@ class Upstream:
         self.failed = 0
         self.breaker = Breaker()
         #: the header line that names it to the client
-        self.told = b"x-gateway-upstream: %b\r\n" % name.encode("ascii", "backslashreplace")
+        self.told = b""
+        self.rename(name)
         self.dialling = 0  # connections being opened
         self.dialling_at = 0.0  # since when no such connection came about, 0.0 while none is being opened
 
@@ -160,6 +161,11 @@ class Upstream:
         if tokens and tokens != self.cache_tokens:
             self.load.index.resize(tokens)
         self.cache_tokens = tokens
+
+    def rename(self, name: str) -> None:
+        """Call it this from now on: a reload may tell it from others, or need not any more."""
+        self.name = name
+        self.told = b"x-gateway-upstream: %b\r\n" % name.encode("ascii", "backslashreplace")
 
     @property
     def in_flight(self) -> int:

@@ -99,7 +99,9 @@ async def test_a_host_comes_and_a_host_goes(sims: tuple[SimServer, SimServer], t
         await here.became("applied")
         assert len(here.names) == 2
         assert here.here.app.catalog.upstreams[0] is first, "it lives on, under a name that tells it from the other"
-        assert [await here.status() for _ in range(4)] == [200] * 4
+        answers = [await here.here.ask("POST", CHAT, chat(max_tokens=1)) for _ in range(4)]
+        assert {answer.status for answer in answers} == {200}
+        assert {answer.header("x-gateway-upstream") for answer in answers} == set(here.names)
         assert posts(two)
         here.write(entry("fleet", two.url))
         await here.became("applied", 2)
