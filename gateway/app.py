@@ -22,6 +22,7 @@ from gateway.config import Config
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.exchange import Exchange
 from gateway.fleet.drains import Drains
+from gateway.fleet.findings import Findings
 from gateway.fleet.names import Names
 from gateway.fleet.reload import Reloads
 from gateway.handlers import local, openai
@@ -108,6 +109,7 @@ class App:
         self.draining = False
         self.ready_asked_at: float | None = None  # when somebody last asked whether to send requests here
         self.drains = Drains(self.catalog, self.store)
+        self.findings = Findings(self.prober, lambda: self.catalog.upstreams, hosts) if hosts is not None else None
         self.names = Names(self.catalog, self.prober.wake)
         self.metrics.names = self.names
         self.journal = Journal(config.data_dir / "journal") if config.ledger else None
@@ -291,6 +293,8 @@ class App:
         await self.prober.probe_due()
         self.catalog.rebuild()
         self.prober.start()
+        if self.findings is not None:
+            self.findings.start()
         await self.keys.start()
         if self.tokens is not None:
             self.tokens.signers.start()
@@ -304,6 +308,8 @@ class App:
         await self.keys.stop()
         if self.tokens is not None:
             await self.tokens.signers.stop()
+        if self.findings is not None:
+            await self.findings.stop()
         await self.prober.stop()
         await self.control.close()
         self.transport.close()

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 UNANSWERED: Final = 2
 #: and after so many, what still waits for its answer waits in vain
 LOST: Final = 3
+#: what another gateway found takes up to this to come here
+FOLLOW_S: Final = 1.5
 #: an upstream in doubt is probed at once, but no sooner than this after the probe before
 DOUBT_S: Final = 0.2
 
@@ -64,6 +66,10 @@ class Prober:
         #: what was last told of each: others may probe in between, and their finding must be told too
         self._told: dict[Upstream, tuple[HealthStatus, tuple[str, ...]]] = {}
         self._unanswered: dict[Upstream, int] = {}
+        #: found unreachable from here: what others find is no news of them
+        self._unreached: set[Upstream] = set()
+        #: told of each probe of ours, whatever it found
+        self.on_finding: Callable[[Upstream], None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._doubt = asyncio.Event()
         self._probing: set[asyncio.Task[None]] = set()
@@ -90,6 +96,23 @@ class Prober:
             self._next_at[upstream] = soon
             self._doubt.set()
 
+    def now(self) -> float:
+        return self._clock()
+
+    def adopt(self, upstream: Upstream, health: Health) -> bool:
+        """Take what another gateway's probe found for a finding of ours. False if it is not believed."""
+        if upstream in self._unreached:
+            return False
+        upstream.health = health
+        self._inform(upstream, health)
+        # The other probes it again by then; if not, we do.
+        self._next_at[upstream] = self._clock() + self._grace_s(health)
+        return True
+
+    def _grace_s(self, health: Health) -> float:
+        every_s = self._recheck_s if health.status == "unreachable" else self._interval_s
+        return 1.5 * every_s + FOLLOW_S
+
     def wake(self) -> None:
         """The set has changed: look for what is due now."""
         self._doubt.set()
@@ -99,6 +122,7 @@ class Prober:
         current = tuple(self._upstreams())
         self._next_at = {upstream: self._next_at.get(upstream, now) for upstream in current}
         self._unanswered = {one: count for one, count in self._unanswered.items() if one in self._next_at}
+        self._unreached &= self._next_at.keys()
         self._told = {upstream: told for upstream, told in self._told.items() if upstream in self._next_at}
         return [upstream for upstream, at in self._next_at.items() if at <= now]
 
@@ -131,8 +155,13 @@ class Prober:
             health = await self._control.probe(upstream)
             if health.status == "unreachable":
                 wait_s = self._recheck_s
+                self._unreached.add(upstream)
+            else:
+                self._unreached.discard(upstream)
             self._inform(upstream, health)
-            self._tell(upstream)
+            self.tell(upstream)
+            if self.on_finding is not None:
+                self.on_finding(upstream)
         except Exception:
             # One defect, here or in a listener, must not end the probing of the whole fleet.
             log.exception("probing %s failed", upstream.name)
@@ -151,7 +180,8 @@ class Prober:
         if moved and self._on_move is not None:
             self._on_move(upstream)
 
-    def _tell(self, upstream: Upstream) -> None:
+    def tell(self, upstream: Upstream) -> None:
+        """Pass on what is known of it, if that is news."""
         finding = (upstream.health.status, upstream.models)
         if self._told.get(upstream) != finding:
             self._told[upstream] = finding
