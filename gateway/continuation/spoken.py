@@ -21,6 +21,9 @@ UNREAD_BYTES: Final = 8 * 1024
 #: of text that is kept: some 64,000 tokens. Memory is for many streams, and a client that reads slowly holds much, too.
 TEXT_BYTES: Final = 256 * 1024
 
+#: what comes in more at once is no answer of words, and not worth the time to read it
+AT_ONCE_BYTES: Final = 1024 * 1024
+
 
 class Identity(Struct):
     """What every chunk of a stream repeats, as JSON."""
@@ -107,9 +110,11 @@ class Spoken:
         self.unread.clear()
         if not self.plain or not data:
             return
-        text = self._read_alike(data)
-        if text is None:
-            text = self._read_each(data)
+        text = None
+        if len(data) <= AT_ONCE_BYTES:
+            text = self._read_alike(data)
+            if text is None:
+                text = self._read_each(data)
         if text is not None:
             self._text_bytes += len(text)
             self._text.append(text)

@@ -87,11 +87,11 @@ class Proxy:
                     self._comments.end(exchange)
                     if exchange.head_sent and (error := unfit(exchange, reply)) is not None:
                         raise error
-                kept = self._continuations.begin(exchange, plan, dispatch, reply) if exchange.stream else None
                 if reply.complete and not exchange.head_sent:
-                    response = relay_whole(request, exchange, reply, plan.strip_usage, broken_too=kept is None)
+                    response = relay_whole(request, exchange, reply, plan.strip_usage)
                     if response is not None:
                         return response
+                kept = self._continuations.begin(exchange, plan, dispatch, reply) if exchange.stream else None
                 return await relay(request, exchange, reply, plan.strip_usage, kept)
         finally:
             if commented:

@@ -36,10 +36,10 @@ _COMMENT: Final = ord(":")
 
 
 def relay_whole(
-    request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool, broken_too: bool = True
+    request: web.BaseRequest, exchange: Exchange, reply: Reply, strip_usage: bool
 ) -> web.StreamResponse | None:
     """Send a complete reply: one write. Raises only while nothing has been sent. None, and nothing is sent, for a
-    stream that broke off unless it is to be sent, too.
+    stream that broke off: that is `relay`'s.
     """
     fields = reply.head.client_lines()  # raises UpstreamBroken for what must not pass
     _take_status(exchange, reply)
@@ -47,10 +47,14 @@ def relay_whole(
     if not reply.streaming and reply.status < 300:
         exchange.usage = answer_usage(data)  # most answers: read in one pass, no meter needed
     if exchange.usage is None:
-        data = _metered(exchange, reply, strip_usage, data)
-        if not broken_too and exchange.error is not None:
-            exchange.error, exchange.outcome = None, "ok"
+        meter = exchange.meter = new_meter(reply.head.content_type, strip_usage)
+        if data:
+            data = meter.feed(data, reply.first_byte_at)
+        data += meter.finish()
+        if reply.streaming and not meter.finished and reply.status == 200:
             return None
+        if meter.error is not None and reply.status < 400:  # an error status is an answer, not a failure in one
+            _note_error(exchange, meter)
     keep_alive = _keep_alive(request)
     _tell_cost(exchange)
     bodiless = reply.status in (204, 304)  # RFC 9110 section 8.6
@@ -87,21 +91,6 @@ def _tell_cost(exchange: Exchange) -> None:
     exchange.cost = prices.cost(usage, 0.0, price)
     if exchange.cost is not None:
         exchange.headers += b"x-gateway-cost: %b\r\n" % prices.decimal(exchange.cost).encode()
-
-
-def _metered(exchange: Exchange, reply: Reply, strip_usage: bool, data: bytes) -> bytes:
-    """A whole body through its meter: what the client gets of it."""
-    meter = exchange.meter = new_meter(reply.head.content_type, strip_usage)
-    if data:
-        data = meter.feed(data, reply.first_byte_at)
-    tail = meter.finish()
-    if reply.streaming and not meter.finished and meter.error is None and reply.status == 200:
-        exchange.error = _unfinished(exchange)
-        exchange.outcome = "partial"
-        tail = _last_event(exchange, reply, meter, exchange.error)  # instead of the event that has no end, if any
-    elif meter.error is not None and reply.status < 400:  # an error status is an answer, not a failure in one
-        _note_error(exchange, meter)
-    return data + tail if tail else data
 
 
 async def relay(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.continuation.spoken import TEXT_BYTES, Spoken, before_error, given
+from gateway.continuation.spoken import AT_ONCE_BYTES, TEXT_BYTES, Spoken, before_error, given
 from tests import transcripts
 
 
@@ -144,10 +144,15 @@ def test_there_is_an_end_to_what_is_kept() -> None:
     one = chunk({"content": "x" * 1000})
     for _ in range(TEXT_BYTES // 1000):
         found.unread.append(one)
-    found.read()
+        found.read()
     assert (found.plain, len(found.text)) == (True, TEXT_BYTES // 1000 * 1000)
     found.unread.append(one)
     found.read()
+    assert (found.plain, found.text) == (False, "")
+
+
+def test_a_giant_event_is_not_read() -> None:
+    found = spoken(chunk({"content": "a"}), chunk({"content": "x" * AT_ONCE_BYTES}))
     assert (found.plain, found.text) == (False, "")
 
 

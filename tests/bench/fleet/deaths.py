@@ -52,6 +52,7 @@ def _verdict(here: Stand, asked: list[dict[str, Any]], outcomes: list[Outcome], 
     records = here.records()
     by_prompt = {body["messages"][0]["content"]: body for body in asked}
     found: Counter[str] = Counter()
+    prompts: Counter[int] = Counter()  # all of them are as long
     lost = missing = twice = delivered = 0
     for outcome in outcomes:
         found[outcome.kind] += 1
@@ -62,6 +63,7 @@ def _verdict(here: Stand, asked: list[dict[str, Any]], outcomes: list[Outcome], 
         body = by_prompt.get(outcome.prompt)
         if body is None:
             continue
+        prompts[record["prompt_tokens"]] += 1
         if outcome.kind == "done":
             found["wrong"] += outcome.text != expected_text(body)
             delivered += body["max_tokens"]
@@ -75,6 +77,7 @@ def _verdict(here: Stand, asked: list[dict[str, Any]], outcomes: list[Outcome], 
         "texts_wrong": found["wrong"],
         "tokens_billed_twice": twice,
         "tokens_not_billed": lost,
+        "prompts_billed_otherwise": len(outcomes) - missing - max(prompts.values(), default=0),
         "records_missing": missing,
         "answers_of_one_attempt": attempts[1],
         "most_attempts": max(attempts, default=0),
