@@ -118,5 +118,7 @@ def _with_text(body: Body, text: str, unasked: bool) -> bytes | None:
     if role != "assistant" or not isinstance(content, str):
         return None
     end = messages.rindex(last.raw)
+    if not wished and text.startswith(content):  # unasked, llama.cpp repeats the message at the answer's beginning
+        content = ""
     patched = last.patch({"content": orjson.dumps(content + text)})
     return messages[:end] + patched + messages[end + len(last.raw) :]

@@ -105,6 +105,7 @@ def test_a_prefill_of_the_clients_own() -> None:
     ]
     # llama.cpp goes on with it unasked, vLLM began a new turn after it
     assert rest(body(messages=[USER, prefill]), unasked=True)["messages"][-1]["content"] == "Well, Because"
+    assert rest(body(messages=[USER, prefill]), "Well, Be", unasked=True)["messages"][-1]["content"] == "Well, Be"
     assert rest(body(messages=[USER, prefill]))["messages"] == [
         USER,
         prefill,

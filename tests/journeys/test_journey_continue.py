@@ -6,15 +6,19 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 
 from gateway.config import Model
+from gateway.ledger import frames
 from gateway.ledger.record import Record
+from gateway.ledger.recovery import decode, entries, recover
 from gateway.routing.breaker import Breaker
 from gateway.sim import Engine, Pace, SimServer
 from tests.journeys.stage import (
@@ -348,6 +352,18 @@ async def test_only_engines_known_to_go_on_are_asked(runtime: str, continues: bo
         answer = await broken_once(gate, sim, at("cut", 5), CHAT, asked(CHAT, max_tokens=TOKENS))
         assert gate.record.continued == joined
         assert (answer.events[-1] == "[DONE]") is bool(joined)
+
+
+async def test_the_journal_has_one_record_of_it(tmp_path: Path) -> None:
+    async with fleet("vllm", "vllm", data_dir=tmp_path) as (gate, sims):
+        body = asked(CHAT, max_tokens=TOKENS)
+        await broken_once(gate, sims[0], at("cut", 5), CHAT, body)
+        assert gate.app.journal is not None
+        folder = gate.app.journal.folder
+        await until(lambda: len(list(recover(folder))) == len(gate.records))
+        ends = [decode(entry.payload) for entry in entries(folder) if entry.kind == frames.FINAL]
+        assert [one.continued for one in ends if one.request_id == gate.record.request_id] == [1]
+        assert Counter(one.request_id for one in ends).most_common(1)[0][1] == 1
 
 
 async def test_switched_off() -> None:
