@@ -11,7 +11,9 @@
 A process borrows a part of each large bucket and decides most requests from that without asking. What is on loan
 counts against the burst, so no window of t seconds admits more than burst + rate * t over all processes, as long as
 the store keeps what it was told. While it is away each process grants its share of each limit by itself, and takes
-that off the bucket afterwards; a loss of the store costs at most one burst for the shares and one for what it forgot.
+that off the bucket afterwards, so that the shares of all add up. A window that touches an outage may hold more by what
+the processes had not heard of each other when it began and ended, and, if the store forgot, by that: each less than a
+burst.
 
 A limit reached is 429; a budget spent is 402 in OpenAI's shape of `insufficient_quota` with `x-should-retry: false`,
 for waiting a little does not help. A budget admits while anything is left of it, and reserves what each request is

@@ -36,6 +36,7 @@ class Bucket:
 
     __slots__ = (
         "asked_at",
+        "base",
         "budget",
         "ceiling",
         "empty_amount",
@@ -102,15 +103,17 @@ class Bucket:
         self.empty_until = 0.0
         self.empty_amount = 0
         self.share: State | None = None  # this process's own bucket while there is no store
+        self.base: State | None = None  # the same as if nothing had been granted from it
 
     def __repr__(self) -> str:
         return f"<Bucket {self.key} level {self.level} loan {self.loan} in use {self.in_use} owed {self.owed}>"
 
     def revise(self, new: Bucket) -> None:
         """Take over the constants of `new`: the limit was changed. A budget that grew leaves that much more."""
-        if self.share is not None:
-            self.share.level += new.rules.burst - self.rules.burst if self.kind == BUDGET else 0
-            self.share.level = min(self.share.level, new.rules.burst)
+        for state in (self.share, self.base):
+            if state is not None:
+                state.level += new.rules.burst - self.rules.burst if self.kind == BUDGET else 0
+                state.level = min(state.level, new.rules.burst)
         for field in ("budget", "life_ms", "limit", "loan_max", "rules"):
             setattr(self, field, getattr(new, field))
 
@@ -207,8 +210,13 @@ def take_share(needs: Needs, now: float, part: float) -> tuple[Bucket | None, li
         state = bucket.share
         rules = shared_out(bucket, part)
         if state is None:
-            # From what was last heard of the store, and what is still on loan: an outage is no new burst.
-            state = bucket.share = State(min(rules.burst, int(bucket.known(now) * part)), 0, now_us)
+            # From what was last heard of the store, what is still on loan, and what it may not know: an outage is no
+            # new burst.
+            level = bucket.known(now) - bucket.owed - bucket.sent
+            state = bucket.share = State(min(rules.burst, int(level * part)), 0, now_us)
+            bucket.base = State(state.level, 0, now_us)
+            if bucket.kind == BUDGET:  # nothing refills what the store still counts as lent
+                bucket.owed -= bucket.loan
             if bucket.kind != SLOTS:
                 bucket.loan = bucket.lent = bucket.low = 0
         if bucket.kind == SLOTS:
@@ -229,6 +237,24 @@ def take_share(needs: Needs, now: float, part: float) -> tuple[Bucket | None, li
         if bucket.kind == SLOTS:
             bucket.in_use += amount
     return None, short
+
+
+def together_again(bucket: Bucket, now: float, part: float) -> None:
+    """End a bucket's time alone.
+
+    What was granted in it, and not refilled since, is owed to the store, so that the shares of all processes add up
+    there. And the level is to be no higher than this share alone allows: the store may have forgotten what was before.
+    """
+    share, base = bucket.share, bucket.base
+    bucket.share = bucket.base = None
+    if share is None or base is None or bucket.kind == SLOTS:
+        return
+    rules = shared_out(bucket, part)
+    now_us = int(now * MICRO)
+    arithmetic.refill(share, rules, now_us)
+    arithmetic.refill(base, rules, now_us)
+    bucket.owed += base.level - share.level
+    bucket.ceiling = max(0, bucket.rules.burst - (rules.burst - share.level))
 
 
 def shared_out(bucket: Bucket, part: float) -> Rules:

@@ -15,7 +15,7 @@ from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.limits.local import SLOTS, Bucket, Needs, shared_out, take_loaned
+from gateway.limits.local import SLOTS, Bucket, Needs, take_loaned, together_again
 from gateway.store.client import REQUEST_TIMEOUT_S, Store, StoreAway, StoreError
 from gateway.store.scripts import Script
 
@@ -257,9 +257,7 @@ def _told(bucket: Bucket, aim: int, now: float, part: float, *, keep: bool) -> t
     """
     rules = bucket.rules
     if bucket.share is not None:  # this process was on its own: what it granted is missing in the store
-        if bucket.kind != SLOTS:
-            bucket.ceiling = max(0, rules.burst - (shared_out(bucket, part).burst - bucket.share.level))
-        bucket.share = None
+        together_again(bucket, now, part)
     fresh = now < bucket.held_until
     keep = keep and aim > 0 and fresh
     if bucket.kind == SLOTS:

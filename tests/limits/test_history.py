@@ -1,7 +1,7 @@
 """What eight processes admitted on one limit, read afterwards: no window may hold more than burst + rate * t.
 
 While the store is killed and comes back, in the middle of it all, each process grants its share by itself: a window
-that touches that time may hold one burst more for the shares, and one for what the store forgot with its death.
+that touches that time may hold more by what the processes had not heard of each other, less than a burst.
 """
 
 from __future__ import annotations
@@ -99,4 +99,4 @@ def test_a_store_that_dies_costs_a_burst_and_no_more(store_server: Server) -> No
     after = [one for one in history if one[0] > shared_again]
     assert after
     assert excess(after) <= 0
-    assert excess(history) <= 2 * BURST
+    assert excess(history) <= BURST  # a fifth of it on a quiet machine

@@ -401,6 +401,52 @@ async def test_what_was_granted_alone_is_missing_in_the_store_afterwards(store_s
         assert sum([await passes(limiter) for _ in range(40)]) == 9
 
 
+def told(limiter: Limiter) -> bool:
+    """The store is there, and knows everything."""
+    buckets = limiter._buckets.values()
+    return not limiter.degraded and not any(one.owed or one.sent or one.share is not None for one in buckets)
+
+
+async def test_what_several_granted_alone_adds_up_in_the_store_afterwards(store_server: Server) -> None:
+    """Each knew of its own share only; together they granted the limit, and after the outage nothing is left of it."""
+    async with gateways(3, store_server, requests(90), part=1 / 3) as three:
+        for limiter in three:
+            assert await passes(limiter)
+        store_server.kill()
+        await until(lambda: all(limiter.degraded for limiter in three), 3.0)
+        granted = [sum([await passes(limiter) for _ in range(90)]) for limiter in three]
+        assert 60 <= sum(granted) <= 87
+        store_server.start()
+        await until(lambda: all(told(limiter) for limiter in three), 10.0)
+        after = [sum([await passes(limiter) for _ in range(90)]) for limiter in three]
+        assert (
+            90 - 3 * 6 <= 3 + sum(granted) + sum(after) <= 90
+        )  # what each had on loan, five or six, went with the store
+
+
+async def test_a_budget_counts_what_each_spent_alone(store_server: Server) -> None:
+    poor = Principal("poor", "poor", budget=Budget(10_000, "tokens", "total"))
+    async with gateways(3, store_server, part=1 / 3) as three:
+        for limiter in three:
+            assert await passes(limiter, poor, 1)
+        for _ in range(2):
+            store_server.pause()
+            await until(lambda: all(limiter.degraded for limiter in three), 3.0)
+            for limiter in three:
+                for _ in range(10):
+                    assert await passes(limiter, poor, 100)
+            store_server.resume()
+            await until(lambda: all(told(limiter) for limiter in three), 10.0)
+        for limiter in three:
+            await limiter.stop()  # what is on loan goes back
+        (bucket,) = three[0]._buckets.values()
+        assert three[0]._store is not None
+        level = int(await three[0]._store.call("HGET", bucket.key, "l"))
+        left = 10_000 - 3 - 2 * 3 * 10 * 100
+        # What was on loan comes back, but for what each took for spent by the others: a part of their loans of 32.
+        assert left - 2 * 32 <= level <= left
+
+
 async def test_a_store_that_is_gone_from_the_start(store_server: Server) -> None:
     store_server.kill()
     async with gateways(1, store_server, requests(2), slots(1)) as (limiter,):
