@@ -127,6 +127,7 @@ class App:
             doubted=self.prober.doubt,
             policy=config.policy,
             salted=config.cache_salt,
+            hedge_after_s=config.hedge_after_s,
         )
         self.metrics.retries = lambda: self.dispatcher.retries
         self.metrics.attempt_failures = self.dispatcher.failures
@@ -191,6 +192,7 @@ class App:
             self.shipper.keep_bytes = config.ledger_keep_bytes
         self.comments.every_s = config.comment_s
         self.dispatcher.attempts = config.attempts
+        self.dispatcher.hedge_after_s = config.hedge_after_s
         self.continuations.enabled = config.continue_streams
         self.dispatcher.policy = config.policy
         self.dispatcher.salted = config.cache_salt

@@ -245,6 +245,7 @@ class Config:
     cache_salt: Literal["group", "key", "off"] = "group"  # whose prompts share a vLLM's prefix cache
     prefix_index_bytes: int = 64 * 1024 * 1024
     retry_budget: float = 0.1  # part of the requests that may be sent once more
+    hedge_after_s: float | None = None  # without a word for so long, a second upstream is asked as well; None: never
     continue_streams: bool = True
     shutdown_s: float = 30.0
     drain_notice_s: float = 5.0  # a part of it, in which requests are still taken

@@ -151,6 +151,16 @@ def number(*, above: float = -1.0, most: float = SECONDS_MAX, unit: str = "") ->
     return parse
 
 
+def seconds_or_off(raw: object) -> float | None:
+    """A number of seconds greater than 0, or off."""
+    if raw is False or (isinstance(raw, str) and raw.lower() in ("off", "no", "false", "none")):
+        return None
+    try:
+        return number(above=0.0, unit=" (seconds)")(raw)
+    except Refused as problem:
+        raise Refused(f"{problem}, or off") from None
+
+
 def name(raw: object) -> str:
     """A name shown to clients and used as a metric label: 1 to 200 printable characters, not padded."""
     if not isinstance(raw, str):

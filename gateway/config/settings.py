@@ -98,6 +98,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("prefix_index_bytes", parsing.whole(64 * 1024, 2**40), "memory for what upstreams have in their caches"),
     _setting("retry_budget", parsing.number(most=1.0), "part of the requests that may be sent again"),
     _setting("continue_streams", parsing.switch, "go on elsewhere with a streamed answer whose engine failed"),
+    _setting("hedge_after_s", parsing.seconds_or_off, "silence after which a second upstream is asked as well; or off"),
     _setting("shutdown_s", _seconds_or_zero, "how long running requests may finish after SIGTERM"),
     _setting("drain_notice_s", _seconds_or_zero, "how long requests are still taken then, if /readyz is asked"),
     _setting("log_level", parsing.choice("debug", "info", "warning", "error"), "least severe message to log"),

@@ -10,32 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from time import monotonic
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
-import orjson
-
-from gateway import __version__
 from gateway.catalog import Offer
-from gateway.errors import BadRequest, NoCapacity, UpstreamBroken, UpstreamError, UpstreamTimeout
+from gateway.errors import NoCapacity, UpstreamError
 from gateway.exchange import Attempt, Exchange
 from gateway.handlers.asking import CACHED, CacheSalt, ask_for, cache_salt
 from gateway.handlers.gate import Gate
+from gateway.handlers.hedge import Rival, answered, drop, failure
 from gateway.handlers.resolve import Plan
-from gateway.routing.eligible import eligible, quiet_for_s, well
+from gateway.handlers.verdict import exhausted, fault_of, nobody
+from gateway.handlers.wording import patched, request_head
+from gateway.routing.eligible import eligible, well
 from gateway.routing.fair import FairQueue
 from gateway.routing.policies import DEFAULT, POLICIES, Ask, Choice
-from gateway.routing.retries import RULES, UNKNOWN, RetryBudget, backoff_s, retry_after_s
+from gateway.routing.retries import RULES, UNKNOWN, RetryBudget, backoff_s
 from gateway.upstreams.reply import Reply
 from gateway.upstreams.transport import Transport
 from gateway.upstreams.upstream import Lease, Upstream
-from gateway.wire.body import Body, usage_options
-from gateway.wire.opening import fault
-
-_USER_AGENT: Final = b"local-llm-gateway/" + __version__.encode()
+from gateway.wire.body import Body
 
 
 class Dispatcher:
@@ -43,7 +39,8 @@ class Dispatcher:
 
     `admitted` is told of each attempt before the upstream is asked, `changed` when an upstream was ejected or came
     back, `doubted` when one may be gone and should be probed now. `retries` counts the attempts after the first,
-    `failures` those that failed, by outcome.
+    `failures` those that failed, by outcome. `hedge_after_s`: a second upstream is asked as well when the first has
+    said nothing for so long; None: never.
     """
 
     def __init__(
@@ -58,6 +55,7 @@ class Dispatcher:
         doubted: Callable[[Upstream], None] | None = None,
         policy: str = DEFAULT,
         salted: CacheSalt = "group",
+        hedge_after_s: float | None = None,
     ) -> None:
         self._transport = transport
         self.admitted = admitted
@@ -68,6 +66,7 @@ class Dispatcher:
         self.doubted = doubted
         self.policy = policy
         self.salted: CacheSalt = salted
+        self.hedge_after_s = hedge_after_s
         self.retries = 0
         self.failures: dict[str, int] = {}
 
@@ -134,7 +133,7 @@ class Dispatch:
         self._began_at = monotonic()
         ready = self._ready(self._began_at)
         if not ready:
-            raise self._nobody()
+            raise nobody(self._plan.tiers)
         return self._send(ready, self._plan.body)
 
     @property
@@ -196,11 +195,13 @@ class Dispatch:
                 head = request_head(plan, offer, exchange.id, len(body))
                 if dispatcher.admitted is not None:
                     dispatcher.admitted(exchange)
-                reply = self._reply = await self._transport.send(upstream, head, body)
-                if reply.status >= 300:
-                    self._judge(reply, offer)
-                elif reply.streaming and reply.status == 200:
-                    self._listen(reply, upstream)
+                if dispatcher.hedge_after_s is None or exchange.committed:
+                    reply = self._reply = await self._transport.send(upstream, head, body)
+                else:
+                    reply = self._reply = await self._hedged(asked, head, body)
+                    upstream = self._offer.upstream
+                if (fault := fault_of(reply, self._offer)) is not None:
+                    raise fault
             except UpstreamError as error:
                 pause_s = self._next(error)
                 if pause_s is None:  # nothing better will come: the upstream's own words
@@ -212,7 +213,7 @@ class Dispatch:
                         await asyncio.sleep(pause_s)
                     ready = self._ready(monotonic())
                     if not ready:
-                        raise self._exhausted(error) from error
+                        raise exhausted(error, exchange.attempts_made, self._plan.tiers) from error
                     dispatcher.retries += 1
                     continue
             except BaseException:
@@ -233,6 +234,88 @@ class Dispatch:
                 if exchange.route_reason:
                     exchange.headers += b"x-gateway-route-reason: %b\r\n" % exchange.route_reason.encode()
             return reply
+
+    async def _hedged(self, asked: Body, head: bytes, body: bytes) -> Reply:
+        """As `Transport.send`, and of a second upstream as well if the first says nothing for `hedge_after_s`, under
+        the retry budget. Who begins to answer first answers; the other is closed at once, and what it did is not
+        billed: a runtime reports usage at an answer's end.
+        """
+        first = asyncio.create_task(self._transport.send(self._offer.upstream, head, body), name="attempt")
+        rival: Rival | None = None
+        kept: asyncio.Task[Reply] | None = None
+        try:
+            await asyncio.wait((first,), timeout=self._dispatcher.hedge_after_s)
+            if not first.done():
+                rival = self._rival(asked)
+            if rival is not None:
+                await asyncio.wait((first, rival.task), return_when=asyncio.FIRST_COMPLETED)
+                if not answered(first, self._offer):
+                    if first.done():  # and failed: all hope is on the other
+                        await asyncio.wait((rival.task,))
+                    if answered(rival.task, rival.offer):
+                        self._overtaken(first, rival)
+                        kept = rival.task
+                        return kept.result()
+                now = monotonic()
+                fault = failure(rival.task, rival.offer)
+                outcome = "outrun" if fault is None else fault.outcome
+                self._dispatcher.failed(rival.offer.upstream, outcome, now)
+                self._made(rival.attempt(outcome, now))
+            await asyncio.wait((first,))
+            kept = first
+            return kept.result()
+        finally:
+            if kept is not first:
+                drop(first)
+            if rival is not None and kept is not rival.task:
+                drop(rival.task)
+                rival.lease.release(monotonic())
+
+    def _rival(self, asked: Body) -> Rival | None:
+        """A second attempt, begun; None if none may be made, or nobody else has room."""
+        exchange = self._exchange
+        now = monotonic()
+        mine = self._offer.upstream
+        others = [offer for offer in self._ready(now) if offer.upstream is not mine]
+        others = list(self._dispatcher.gate.room(others)) if others else []
+        if not others or exchange.attempts >= self._dispatcher.attempts or not self._dispatcher.budget.take(now):
+            return None
+        kept = self._lease, self._plan.strip_usage, exchange.route_reason
+        offer = self._choose(others, now)
+        assert self._lease is not None
+        lease = self._lease
+        body = patched(self._plan, offer, asked)
+        head = request_head(self._plan, offer, exchange.id, len(body))
+        strip_usage = self._plan.strip_usage
+        self._lease, self._plan.strip_usage, exchange.route_reason = kept
+        exchange.attempts += 1
+        self._dispatcher.retries += 1
+        task = asyncio.create_task(self._transport.send(offer.upstream, head, body), name="hedged attempt")
+        return Rival(offer, lease, task, now, strip_usage)
+
+    def _overtaken(self, first: asyncio.Task[Reply], rival: Rival) -> None:
+        """`rival` answers in place of the first."""
+        exchange = self._exchange
+        now = monotonic()
+        fault = failure(first, self._offer)
+        outcome = "outrun" if fault is None else fault.outcome
+        self._dispatcher.failed(self._offer.upstream, outcome, now)
+        self._note(outcome, now)
+        if self._lease is not None:
+            self._lease.release(now)
+        offer = self._offer = rival.offer
+        self._lease = rival.lease
+        self._sent_at = rival.sent_at
+        self._plan.strip_usage = rival.strip_usage
+        if offer.upstream.limit is not None:
+            self._dispatcher.gate.began(exchange, offer.upstream)
+        exchange.model = offer.model.name
+        exchange.price = offer.model.price
+        exchange.provider = offer.upstream.provider
+        exchange.upstream = offer.upstream.name
+        exchange.route_reason = "hedge"
+        if self._dispatcher.admitted is not None:
+            self._dispatcher.admitted(exchange)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -275,7 +358,7 @@ class Dispatch:
                 break
             ready = self._ready(monotonic())
             if not ready:
-                raise self._nobody()
+                raise nobody(self._plan.tiers)
         return room
 
     def _choose(self, ready: Sequence[Offer], now: float) -> Offer:
@@ -303,47 +386,6 @@ class Dispatch:
         return offer
 
     # -- what became of it ------------------------------------------------------------------------------------------
-
-    def _judge(self, reply: Reply, offer: Offer) -> None:
-        """Raises for an answer that says nothing about the request, but about the upstream: another may do better."""
-        status = reply.status
-        upstream = offer.upstream
-        if status >= 500 or status == 429:
-            if status in (501, 505):
-                return
-            wait_s = retry_after_s(reply.head.header(b"retry-after"), time.time()) if status in (429, 503) else None
-            if wait_s:
-                offer.quiet_until = monotonic() + wait_s
-            code = "busy" if status == 429 or wait_s is not None else "unavailable" if status == 503 else "failed"
-            raise UpstreamError(
-                f"provider {upstream.provider!r} answered {status}", code=f"upstream_{code}", retry_after_s=wait_s
-            )
-        if status in (401, 403):
-            # The upstream's word about our credential, which the client would take for one about its own.
-            raise UpstreamError(
-                f"provider {upstream.provider!r} refused the gateway's credential ({status}): check its `apiKey`",
-                code="upstream_auth_failed",
-            )
-        if status < 400:  # followed blindly, it would take prompts to another host
-            raise UpstreamError(
-                f"provider {upstream.provider!r} redirects ({status}): set its `baseUrl` to the final address",
-                code="upstream_redirect",
-            )
-
-    def _listen(self, reply: Reply, upstream: Upstream) -> None:
-        """Raises for a stream that ended, or reported an error, before it had any content."""
-        said = reply.opening
-        if said is None:
-            if reply.complete and reply.body():
-                raise UpstreamBroken(
-                    f"provider {upstream.provider!r} ended its stream before the answer was finished",
-                    code="upstream_incomplete",
-                )
-        elif (text := fault(said)) is not None:
-            raise UpstreamError(
-                f"provider {upstream.provider!r} failed before it began to answer: {text}",
-                code="upstream_stream_error",
-            )
 
     def _next(self, error: UpstreamError) -> float | None:
         """Whether to go on after `error`: the seconds to wait first; None to give the client what the upstream said.
@@ -373,39 +415,19 @@ class Dispatch:
         if exchange.attempts_made:
             self._note(outcome, now)
         self._leave("")
-        raise self._exhausted(error) from error
+        raise exhausted(error, exchange.attempts_made, self._plan.tiers) from error
 
     def _note(self, outcome: str, now: float) -> None:
         """Write the attempt down."""
-        made = self._exchange.attempts_made
         status = self._reply.status if self._reply is not None else 0
-        attempt = Attempt(self._offer.upstream.name, outcome, round(now - self._sent_at, 6), status)
+        self._made(Attempt(self._offer.upstream.name, outcome, round(now - self._sent_at, 6), status))
+
+    def _made(self, attempt: Attempt) -> None:
+        made = self._exchange.attempts_made
         if isinstance(made, list):
             made.append(attempt)
         else:
             self._exchange.attempts_made = [attempt]
-
-    def _exhausted(self, error: UpstreamError) -> Exception:
-        """What the client is told when all attempts failed: the only one's own error, or one that lists them all."""
-        made = self._exchange.attempts_made
-        if len(made) < 2:
-            return error
-        tried = "; ".join(f"{one.upstream}: {one.outcome.replace('_', ' ')} after {one.seconds:.1f} s" for one in made)
-        message = f"{error.message} (attempts: {tried})"
-        outcomes = {one.outcome for one in made}
-        if outcomes & {"busy", "unavailable"}:
-            wait_s = max(1.0, error.retry_after_s or quiet_for_s(self._plan.tiers, monotonic()))
-            return NoCapacity(message, retry_after_s=wait_s)
-        if all(outcome.endswith("timeout") for outcome in outcomes):
-            return UpstreamTimeout(message, code=error.code)
-        return UpstreamError(message, status=error.status, code=error.code)
-
-    def _nobody(self) -> NoCapacity:
-        """Why nobody can be asked at all."""
-        wait_s = quiet_for_s(self._plan.tiers, monotonic())
-        if wait_s:
-            return NoCapacity("every upstream of this model asked to be left alone for now", retry_after_s=wait_s)
-        return NoCapacity("every upstream of this model is being taken out of service", retry_after_s=5.0)
 
     def _leave(self, outcome: str) -> None:
         """Close the exchange with the upstream (a no-op for one that is complete) and drop the lease. `outcome`: what
@@ -426,61 +448,3 @@ class Dispatch:
             if outcome and lease.upstream is not None:
                 self._dispatcher.failed(lease.upstream, outcome, now)
             lease.release(now)
-
-
-def patched(plan: Plan, offer: Offer, body: Body) -> bytes:
-    """`body` for this offer: the client's bytes, spliced only where they must differ."""
-    replace = plan.replace
-    remove = plan.remove
-    model = offer.model
-    salted = plan.cache_salt and offer.upstream.runtime.cache_salt
-    if not (replace or remove or body.stream or salted) and body.model == model.name:
-        plan.strip_usage = False
-        return body.raw
-    if body.model != model.name:
-        replace = {**replace, "model": orjson.dumps(model.name)}
-    if salted:  # the client's own is replaced
-        replace = {**replace, "cache_salt": b'"%b"' % plan.cache_salt.encode()}
-    plan.strip_usage = False
-    native = plan.native and plan.native in offer.upstream.runtime.paths
-    streamed = replace.get("stream", b"true" if body.stream else b"false") == b"true"
-    if streamed and not native and not body.include_usage and offer.upstream.runtime.inject_usage:
-        plan.strip_usage = True
-        replace = {**replace, "stream_options": usage_options(body)}
-    if not replace and not remove:
-        return body.raw
-    return body.patch(replace, remove)
-
-
-def request_head(plan: Plan, offer: Offer, request_id: str, length: int) -> bytes:
-    """The request's head up to and with its empty line."""
-    operation = plan.operation
-    runtime = offer.upstream.runtime
-    if plan.native and plan.native in runtime.paths:
-        operation = plan.native
-    head = offer.heads.get(operation)
-    if head is None:
-        head = offer.heads[operation] = _fixed_head(offer, operation)
-    extra = b"".join([b"%b: %b\r\n" % pair for pair in plan.headers]) if plan.headers else b""
-    return b"%b%bX-Request-Id: %b\r\nContent-Length: %d\r\n\r\n" % (head, extra, request_id.encode(), length)
-
-
-def _fixed_head(offer: Offer, operation: str) -> bytes:
-    upstream = offer.upstream
-    target = upstream.runtime.target(upstream.prefix, operation)
-    if target is None:
-        raise BadRequest(
-            f"{upstream.runtime.title} ({upstream.provider!r}) has no route for this request",
-            status=404,
-            code="operation_not_supported",
-        )
-    lines = [
-        f"POST {target} HTTP/1.1".encode(),
-        b"Host: " + upstream.netloc.encode("idna" if not upstream.netloc.isascii() else "ascii"),
-        b"User-Agent: " + _USER_AGENT,
-        b"Content-Type: application/json",
-        b"Accept-Encoding: identity",
-    ]
-    if upstream.api_key:  # set by us, last word: the client's own credential never passes
-        lines.append(b"Authorization: Bearer " + upstream.api_key.encode())
-    return b"\r\n".join(lines) + b"\r\n"
