@@ -179,6 +179,9 @@ def parse_call(
     stops = [stop] if isinstance(stop, str) else [s for s in stop if isinstance(s, str)]
     count = _integer(body, "n") or 1
     tool = _forced_tool(body, faults) if chat else None
+    salt = body.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise _refused("Parameter 'cache_salt' must be a non-empty string if provided.", "cache_salt", salt)
     for prompt, prefill in [_chat_prompt(body)] if chat else _completion_prompts(body):
         length = len(prompt)
         room = context - length
@@ -205,7 +208,7 @@ def parse_call(
             call.choices.append(choice)
             call.prompt_lengths.append(length)
             made = choice.pieces if choice.tokens == len(choice.pieces) else [*choice.pieces, _END]
-            call.blocks.append(chain(prompt + made, model))
+            call.blocks.append(chain(prompt + made, (model, salt)))
     return call
 
 

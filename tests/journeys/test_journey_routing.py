@@ -229,6 +229,19 @@ async def test_what_is_warm_for_one_tenant_is_not_for_another(sims: list[SimServ
         assert reasons == ["cold", "warm", "cold", "warm"]
 
 
+async def test_what_one_tenant_asked_is_not_in_anothers_cache(sims: list[SimServer]) -> None:
+    keyed: dict[str, dict[str, Any]] = {"a": {"group": "a"}, "b": {"group": "b"}}
+    found = {}
+    for salted in ("group", "off"):
+        sims[0].engine = Engine()
+        async with gateway(fleet(sims[:1]), keyed=keyed, cache_salt=salted) as here:
+            body = chat(max_tokens=1) | {"messages": [{"role": "user", "content": LONG}]}
+            for key in ("a", "a", "b", "b"):
+                assert (await here.ask("POST", CHAT, body, key=here.keys[key])).status == 200
+            found[salted] = [record.cached_tokens > 0 for record in here.records]
+    assert found == {"group": [False, True, False, True], "off": [False, True, True, True]}
+
+
 # -- what engines say of themselves -------------------------------------------------------------------------------
 
 
