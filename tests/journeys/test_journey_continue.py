@@ -167,6 +167,30 @@ async def test_between_runtimes(kinds: tuple[str, str], usage: dict[str, Any]) -
             assert [(one["prompt_tokens"], one["completion_tokens"]) for one in told] == ([bill] if usage else [])
 
 
+async def test_usage_in_every_chunk_goes_on_counting() -> None:
+    """Where the engine reports as it goes, nothing of the bill is counted or guessed."""
+    async with fleet("vllm", "vllm") as (gate, sims):
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        body = asked(CHAT, max_tokens=TOKENS, stream_options=options)
+        await gate.ask("POST", CHAT, body)
+        bill = tokens(gate.record)
+        answer = await broken_once(gate, sims[0], at("cut", 5), CHAT, body)
+        counts = [(one["usage"]["prompt_tokens"], one["usage"]["completion_tokens"]) for one in answer.events[:-1]]
+        assert counts == [(bill[0], made) for made in (*range(TOKENS + 1), TOKENS)]
+        assert (tokens(gate.record), gate.record.estimated, gate.record.continued) == (bill, False, 1)
+
+
+async def test_the_local_route_too() -> None:
+    async with fleet("vllm", "vllm") as (gate, sims):
+        path = "/api/local-llm/stream"
+        body = chat(max_tokens=TOKENS, tools=[])
+        whole = text_of(await gate.ask("POST", path, body))
+        answer = await broken_once(gate, sims[0], at("cut", 5), path, body)
+        assert text_of(answer) == whole
+        assert_seamless(answer)
+        assert gate.record.continued == 1
+
+
 async def test_two_engines_die_and_the_third_finishes() -> None:
     async with fleet("vllm", "vllm", "vllm") as (gate, sims):
         body = asked(CHAT, max_tokens=TOKENS, stream_options={"include_usage": True})

@@ -16,14 +16,14 @@ _ENGINES = 8
 _MORE_ENGINES = 16
 
 
-async def kills(count: int = 1000, seed: int = 1) -> dict[str, Any]:
+async def kills(count: int = 1000, seed: int = 1, attempts: int = 3) -> dict[str, Any]:
     """`count` deaths as by kill -9, each engine back after a while, beside 24 clients that stream and 8 that do not.
 
     Failed: the client got no answer. Broken: an answer without its end. Wrong: not the text of an engine left alone.
     Tokens billed twice: those in the gateway's records over what the request and its answer are.
     """
     dice = random.Random(seed)
-    async with stand(_MORE_ENGINES, "--speed", "4") as here:
+    async with stand(_MORE_ENGINES, "--speed", "4", GATEWAY_ATTEMPTS=str(attempts)) as here:
         asked: list[dict[str, Any]] = []
 
         def body(number: int) -> dict[str, Any]:
@@ -84,7 +84,13 @@ def _verdict(here: Stand, asked: list[dict[str, Any]], outcomes: list[Outcome], 
         "continued": sum(record.get("continued", 0) for record in records.values()),
         "tokens_made_per_token_delivered": round(made / max(delivered, 1), 3),
         "kinds": dict(found),
+        "failures": [_way(records.get(one.request_id)) for one in outcomes if one.kind not in ("done", "lost")],
     }
+
+
+def _way(record: dict[str, Any] | None) -> str:
+    """The attempts of a request, in words."""
+    return " ".join(one["outcome"] for one in record["attempts_made"]) if record else "unknown"
 
 
 async def black_hole(rate: float = 150.0, seconds: float = 12.0, seed: int = 1) -> dict[str, Any]:
