@@ -99,7 +99,7 @@ async def test_shipped_again_counts_nothing_twice(tmp_path: Path, store: Store) 
         shutil.rmtree(root)
         shutil.copytree(copy, root)
         async with shipped(root, store, grace_s=0.1):
-            await until(lambda: len(journals(root)) == 1, what="the dead journal is removed")
+            await until(lambda: len(journals(root)) == 1, 20.0, "the dead journal is removed")
         assert (await total(root, store))[0] == 301, "300 and the one that never ended"
         assert (await raw(store))["req-000300"] == 1
         # its mark is gone with it; a copy that comes back is another story, so tell the store where it was
@@ -117,7 +117,7 @@ async def test_damage_before_the_mark_counts_nothing_twice(tmp_path: Path, store
     ((_, path),) = frames.segments(journal.folder)
     path.write_bytes(path.read_bytes()[:-100])
     async with shipped(root, store, grace_s=0.1):
-        await until(lambda: len(journals(root)) == 1, what="the dead journal is removed")
+        await until(lambda: len(journals(root)) == 1, 20.0, "the dead journal is removed")
     assert await total(root, store) == (20, 2000, 200)
     assert (await raw(store))["req-000019"] == 1
 
@@ -143,7 +143,7 @@ async def test_the_store_dies_under_load_and_comes_back(
         # what a killed store had not synced yet is sent again from the journal
         assert await total(tmp_path, store) == (1500, 150_000, 15_000)
         assert await raw(store) == Counter(f"req-{number:06d}" for number in range(1500))
-        await until(lambda: len(frames.segments(journal.folder)) <= 2, 5.0, "shipped segments are deleted")
+        await until(lambda: len(frames.segments(journal.folder)) <= 2, 20.0, "shipped segments are deleted")
         assert await total(tmp_path, store) == (1500, 150_000, 15_000)
 
 
@@ -223,7 +223,9 @@ async def test_explain(tmp_path: Path, store: Store) -> None:
         use(journal, range(30))
         running = exchange(77)
         journal.open(running)
-        await until(lambda: one.shipped == 30 and len(frames.segments(journal.folder)) == 1, what="shipped and deleted")
+        await until(
+            lambda: one.shipped == 30 and len(frames.segments(journal.folder)) == 1, 20.0, "shipped and deleted"
+        )
         story = await explain(tmp_path, store, "req-000003")
         assert story is not None
         assert (story["found_in"], story["prompt_tokens"], story["key"]) == ("store", 100, "client")
