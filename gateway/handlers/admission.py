@@ -30,7 +30,7 @@ def admit(limiter: Limiter, exchange: Exchange, plan: Plan) -> Awaitable[None] |
     prompt = estimates.prompt(model.name, exchange.request_bytes)
     unbounded = estimates.output(entry.principal.key_id, model.name)
     completion = _output_tokens(plan.body, exchange.operation, model.context_window, unbounded)
-    cost = prices.cost(Usage(prompt, completion), 0.0, model.price)
+    cost = prices.cost(Usage(prompt, completion), 0.0, model.price) if entry.priced else None
     return limiter.admit(exchange, entry, prompt, completion, cost)
 
 

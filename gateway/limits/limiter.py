@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
@@ -72,7 +72,7 @@ class Entry:
     depend on its tokens.
     """
 
-    __slots__ = ("buckets", "fixed", "principal", "requests", "tokens", "until_unix_s", "uses")
+    __slots__ = ("buckets", "fixed", "priced", "principal", "requests", "tokens", "until_unix_s", "uses")
 
     def __init__(self, principal: Principal, buckets: tuple[Bucket, ...], until_unix_s: float) -> None:
         self.principal = principal
@@ -85,6 +85,7 @@ class Entry:
             source: tuple(texts.use(bucket, amount, amount, source) for bucket, amount in self.fixed or ())
             for source in ("loan", "store", "share")
         }
+        self.priced = any(bucket.counts == "currency" for bucket in buckets)  # their needs depend on the cost
         #: what the x-ratelimit headers tell of: limits that refuse, of requests and of tokens
         told = [bucket for bucket in buckets if bucket.limit is not None and not bucket.observe]
         self.requests = [bucket for bucket in told if bucket.limit and bucket.limit.resource == "requests"]
@@ -107,7 +108,7 @@ class Limiter:
         self._store = store
         self._part = part if store is not None else 1.0
         self._shared = Shared(store, part, self._give_back) if store is not None else None
-        self._running: dict[Exchange, Taken] = {}  # those whose needs depend on their tokens
+        self._running: dict[Exchange, Taken] = {}  # streams whose needs depend on their tokens
         self._timer: asyncio.TimerHandle | None = None
         self.estimates = Estimates()
         self._entries: dict[tuple[str, str, str], Entry] = {}
@@ -173,7 +174,7 @@ class Limiter:
         if take_loaned(needs, now, shared.owe):
             taken.needs = needs
             exchange.taken = taken
-            if entry.fixed is None:
+            if exchange.stream and entry.fixed is None:
                 self._run(exchange, taken)
             self._tell(exchange, entry, now)
             return None
@@ -202,7 +203,7 @@ class Limiter:
         if len(taken.needs) < len(needs):
             held = [bucket for bucket, _ in taken.needs]
             self._observe([bucket for bucket, _ in needs if bucket not in held])
-        if entry.fixed is None:
+        if exchange.stream and entry.fixed is None:
             self._run(exchange, taken)
         self._tell(exchange, entry, now)
 
@@ -219,7 +220,7 @@ class Limiter:
         taken.alone = True
         taken.source = "share"
         exchange.taken = taken
-        if entry.fixed is None:
+        if exchange.stream and entry.fixed is None:
             self._run(exchange, taken)
         self._tell(exchange, entry, now)
 
@@ -264,19 +265,31 @@ class Limiter:
         if taken is None:
             return
         exchange.taken = None
+        entry = taken.entry
+        needs, taken.needs = taken.needs, ()
         usage = exchange.usage
-        needs = taken.needs
-        if taken.entry.fixed is None:
-            self._running.pop(exchange, None)
+        prompt, completion, cost = 0, 0, 0.0  # type: tuple[int, int, float | None]
+        if usage is not None:
+            prompt, completion, cost = usage.prompt, usage.completion, exchange.cost
+        if entry.fixed is None:
+            if exchange.stream:
+                self._running.pop(exchange, None)
             self._learn(exchange)
-        if usage is None:
-            self._settle(taken, 0, 0, 0.0)
-        else:
-            self._settle(taken, usage.prompt, usage.completion, exchange.cost)
-        if needs is taken.entry.fixed:
-            exchange.limits = taken.entry.uses[taken.source]
+        uses = []
+        for bucket, amount in needs:
+            used = used_of(bucket, prompt, completion, cost)
+            if bucket.kind == SLOTS:
+                self._free(bucket, amount)
+            elif used is not None and used != amount:
+                self._charge(bucket, used - amount, taken.alone)
+            if entry.fixed is None:
+                uses.append(texts.use(bucket, amount, amount if used is None else used, taken.source))
+        if needs is entry.fixed:
+            exchange.limits = entry.uses[taken.source]
         elif taken.source:
-            exchange.limits = _uses(taken, needs, exchange)
+            if len(needs) < len(entry.buckets):
+                uses += _observed(entry, needs, prompt, completion, cost)
+            exchange.limits = tuple(uses)
 
     def _learn(self, exchange: Exchange) -> None:
         usage = exchange.usage
@@ -290,16 +303,6 @@ class Limiter:
         needs, taken.needs = taken.needs, ()
         for bucket, amount in needs:
             self._free(bucket, amount) if bucket.kind == SLOTS else self._charge(bucket, -amount, taken.alone)
-
-    def _settle(self, taken: Taken, prompt: int, completion: int, cost: float | None) -> None:
-        needs, taken.needs = taken.needs, ()
-        for bucket, amount in needs:
-            if bucket.kind == SLOTS:
-                self._free(bucket, amount)
-                continue
-            used = used_of(bucket, prompt, completion, cost)
-            if used is not None and used != amount:
-                self._charge(bucket, used - amount, taken.alone)
 
     def _charge(self, bucket: Bucket, amount: int, alone: bool) -> None:
         if self._shared is None or (alone and bucket.share is not None):
@@ -413,11 +416,9 @@ class Limiter:
             left = bucket.known(now)
             left = left if left > 0 else 0
             rules = bucket.rules
-            exchange.headers += lines % (
-                rules.burst // MICRO,
-                left // MICRO,
-                reset_text(-((left - rules.burst) // rules.rate)).encode(),
-            )
+            missing = rules.burst - left
+            reset = b"0s" if not missing else reset_text(-(-missing // rules.rate)).encode()
+            exchange.headers += lines % (rules.burst // MICRO, left // MICRO, reset)
 
     def _refusal(self, exchange: Exchange, entry: Entry, bucket: Bucket, amount: int, now: float) -> GatewayError:
         self._tell(exchange, entry, now)
@@ -428,21 +429,13 @@ class Limiter:
         return texts.refusal(bucket, amount, bucket.known(now), exchange.began_unix_s)
 
 
-def _uses(taken: Taken, needs: Needs, exchange: Exchange) -> tuple[LimitUse, ...]:
-    """What the record says of limits that depend on the request: those that were taken, then those only observed."""
-    usage = exchange.usage
-    prompt, completion, cost = (0, 0, 0.0) if usage is None else (usage.prompt, usage.completion, exchange.cost)
-    found = []
-    for bucket, amount in needs:
-        used = used_of(bucket, prompt, completion, cost)
-        found.append(texts.use(bucket, amount, amount if used is None else used, taken.source))
-    if len(needs) < len(taken.entry.buckets):
-        held = [bucket for bucket, _ in needs]
-        for bucket in taken.entry.buckets:
-            if bucket not in held:
-                used = used_of(bucket, prompt, completion, cost)
-                found.append(texts.use(bucket, 0, bucket.unit if used is None else used, "observed"))
-    return tuple(found)
+def _observed(entry: Entry, taken: Needs, prompt: int, completion: int, cost: float | None) -> Iterator[LimitUse]:
+    """What the record says of limits that had not enough, and were only observed."""
+    held = [bucket for bucket, _ in taken]
+    for bucket in entry.buckets:
+        if bucket not in held:
+            used = used_of(bucket, prompt, completion, cost)
+            yield texts.use(bucket, 0, bucket.unit if used is None else used, "observed")
 
 
 def _whom(limit: Limit, principal: Principal, route: str, model: str, *, own: bool) -> tuple[str, ...] | None:

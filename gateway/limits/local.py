@@ -39,6 +39,7 @@ class Bucket:
         "base",
         "budget",
         "ceiling",
+        "counts",
         "empty_amount",
         "empty_until",
         "held_until",
@@ -83,6 +84,7 @@ class Bucket:
             self.rules = Rules(burst, rate, burst)
             small = limit.resource in ("requests", "concurrent") and limit.burst < _LEND_FROM_REQUESTS
             self.loan_max = 0 if small else burst // _LOAN_PART
+        self.counts = _counts(limit, budget)  # what of a request's usage, "" if it is the same for each
         self.loan = 0  # on loan and unused; of slots: held and free
         #: on loan by the store's last word; what is given back may go to the loan up to that, and is charged to nobody
         self.lent = 0
@@ -114,7 +116,7 @@ class Bucket:
             if state is not None:
                 state.level += new.rules.burst - self.rules.burst if self.kind == BUDGET else 0
                 state.level = min(state.level, new.rules.burst)
-        for field in ("budget", "life_ms", "limit", "loan_max", "rules"):
+        for field in ("budget", "counts", "life_ms", "limit", "loan_max", "rules"):
             setattr(self, field, getattr(new, field))
 
     @property
@@ -155,6 +157,12 @@ class Bucket:
         return min(level, self.rules.burst)
 
 
+def _counts(limit: Limit | None, budget: Budget | None) -> str:
+    if budget is not None:
+        return budget.unit
+    return limit.resource if limit is not None and limit.resource.endswith("tokens") else ""
+
+
 Needs = Sequence[tuple[Bucket, int]]
 
 
@@ -168,19 +176,18 @@ def need_of(bucket: Bucket, prompt: int, completion: int, cost: float | None) ->
 
 def used_of(bucket: Bucket, prompt: int, completion: int, cost: float | None) -> int | None:
     """In the bucket's parts; None where it does not depend on tokens, or nobody knows the price."""
-    if bucket.budget is not None:
-        if bucket.budget.unit == "tokens":
-            return prompt + completion
-        return None if cost is None else math.ceil(cost * bucket.unit)
-    assert bucket.limit is not None
-    match bucket.limit.resource:
-        case "input_tokens":
-            return prompt * MICRO
-        case "output_tokens":
-            return completion * MICRO
-        case "total_tokens":
-            return (prompt + completion) * MICRO
-    return None
+    what = bucket.counts
+    if not what:
+        return None
+    if what == "total_tokens":
+        return (prompt + completion) * MICRO
+    if what == "input_tokens":
+        return prompt * MICRO
+    if what == "output_tokens":
+        return completion * MICRO
+    if what == "tokens":
+        return prompt + completion
+    return None if cost is None else math.ceil(cost * bucket.unit)
 
 
 def take_loaned(needs: Needs, now: float, low: Callable[[Bucket], None]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Final
 
 from gateway.errors import GatewayError, QuotaExceeded, RateLimited
@@ -74,6 +75,7 @@ def _exceeded(bucket: Bucket, level: int, unix_s: float) -> QuotaExceeded:
     )
 
 
+@lru_cache(maxsize=1024)
 def reset_text(seconds: int) -> str:
     """ "0s", "12s", "6m0s", "1h0m0s": as OpenAI's headers say it."""
     if seconds < 60:

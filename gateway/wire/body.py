@@ -151,6 +151,8 @@ class Body:
         Every other byte stays as it is. A name in both is removed.
         """
         replace = {} if replace is None else replace
+        if not remove and replace and self._values and self._values.keys().isdisjoint(replace):
+            return self._extended(replace)
         members = self._located()
         raw = self.raw
         edits: list[tuple[int, int, bytes]] = []
@@ -183,6 +185,15 @@ class Body:
             at = stop
         pieces.append(view[at:])
         return b"".join(pieces)
+
+    def _extended(self, added: Mapping[str, bytes]) -> bytes:
+        """The body, which has members already, with further ones behind them: no need to know where each begins."""
+        raw = self.raw
+        end = raw.rindex(b"}")
+        while raw[end - 1] in b" \t\r\n":
+            end -= 1
+        text = b"".join([b"," + encode(key) + b":" + value for key, value in added.items()])
+        return b"".join((memoryview(raw)[:end], text, memoryview(raw)[end:]))
 
     def _check_names(self) -> None:
         values = self._values
