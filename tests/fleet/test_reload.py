@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.app import FIXED
+from gateway.app import FIXED, App
 from gateway.config import Config, load
 from gateway.fleet.reload import Reloader
 from gateway.sim import SimServer
@@ -303,6 +304,22 @@ async def test_settings_of_the_gateway_itself(
         await here.became("applied", 2)
         assert await here.status(key=key) == 401
         assert await here.status() == 200
+
+
+def test_no_setting_is_forgotten() -> None:
+    """Each is fixed, and then named; or read when needed; or set by `App.apply`, in handlers or in what lives on."""
+    applied = "".join(map(inspect.getsource, (App.apply, App._routes, App._revise_queue)))
+    read_when_needed = {
+        "providers_file",
+        "ollama_base_url",
+        "shutdown_s",
+        "drain_notice_s",
+        "warnings",
+        "origins",
+        "files",
+    }
+    names = {field.name for field in fields(Config)} - set(FIXED) - read_when_needed
+    assert [name for name in sorted(names) if f"config.{name}" not in applied] == []
 
 
 async def test_under_load_no_request_notices(sims: tuple[SimServer, SimServer], tmp_path: Path) -> None:
