@@ -268,8 +268,15 @@ async def _engines(config: Config) -> dict[str, str | GatewayError]:
     from gateway.upstreams.control import Control
 
     found: dict[str, str | GatewayError] = {}
+    catalog = Catalog(config.providers)
+    if catalog.lookups:
+        from gateway.fleet.names import Names
+
+        names = Names(catalog, lambda: None)
+        await names.start(config.dns_refresh_s, config.dns_server)
+        await names.stop()
     async with Control() as control:
-        for upstream in Catalog(config.providers).upstreams:
+        for upstream in catalog.upstreams:
             try:
                 answer = await control.get(upstream.url("/metrics"), name=upstream.name, api_key=upstream.api_key)
             except GatewayError as error:

@@ -8,6 +8,7 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import dns.message
@@ -16,7 +17,8 @@ import dns.rrset
 import pytest
 
 from gateway.catalog import Catalog, Host
-from gateway.config import Listen, Lookup
+from gateway.cli import _engines
+from gateway.config import Config, Listen, Lookup
 from gateway.fleet.names import Names
 from gateway.sim import SimServer
 from tests.journeys.stage import CHAT, Gateway, chat, gateway, provider, until
@@ -230,6 +232,16 @@ async def test_a_certificate_is_checked_against_the_name_and_not_the_address(
                 one.app.transport._tls = trusting
                 answer = await one.ask("POST", CHAT, chat(max_tokens=1))
                 assert answer.status == status, answer.body
+
+
+async def test_reconcile_asks_the_engines_behind_names_too(server: Dns, sims: tuple[SimServer, SimServer]) -> None:
+    one, _ = sims
+    server.records = {("workers.test", "A"): ["127.0.0.1", "127.0.0.2"]}
+    named = provider("fleet", lookups=(Lookup("host", f"http://workers.test:{port(one)}/v1"),))
+    config = Config(data_dir=Path("/nonexistent"), providers=(named,), dns_server=server.listen)
+    pages = await _engines(config)
+    assert set(pages) == {f"fleet@127.0.0.{host}:{port(one)}" for host in (1, 2)}
+    assert all(isinstance(page, str) and "vllm:" in page for page in pages.values())
 
 
 def test_what_a_catalog_is_told_replaces_what_it_knew() -> None:
