@@ -211,7 +211,8 @@ class App:
         queue.most = config.queue_max
         queue.input_weight = config.queue_input_weight
         queue.output_weight = config.queue_output_weight
-        self.gate.revise(config.queue_s, {tenant.group: tenant.weight for tenant in config.tenants})
+        weights = {tenant.group: tenant.weight for tenant in config.tenants}
+        self.gate.revise(config.queue_s, weights, config.queue_reserve)
 
     def _routes(self) -> Routes:
         config = self.config

@@ -225,6 +225,7 @@ class Config:
     #: what a token of a prompt and one of an answer count against a tenant, while others wait
     queue_input_weight: float = 1.0
     queue_output_weight: float = 2.0
+    queue_reserve: int = 4  # places kept for tenants within their share, while others want all; a twentieth at most
     comment_s: float = 15.0  # between the comments to a stream that has nothing to say yet; 0 is off
     tenants: tuple[Tenant, ...] = ()
     providers: tuple[Provider, ...] = ()

@@ -80,6 +80,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
     _setting("queue_max", parsing.whole(0, 1_000_000), "requests that may wait for room at once"),
     _setting("queue_input_weight", _token_weight, "what a prompt's token counts against a tenant while others wait"),
     _setting("queue_output_weight", _token_weight, "what an answer's token counts against it"),
+    _setting("queue_reserve", parsing.whole(0, 1000), "places kept for tenants within their share"),
     _setting("tenants", parsing.tenants, "JSON object of groups and their weights", flag=False),
     _setting("comment_s", _seconds_or_zero, "seconds between comments to a stream with nothing to say yet; 0 is off"),
     _setting("tools_unsupported", parsing.choice("strip", "reject"), "tools for a model without them"),

@@ -13,9 +13,9 @@ that running answers have made so far to their tenants.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from gateway.catalog import Offer
 from gateway.errors import NoCapacity
@@ -32,6 +32,10 @@ TICK_S: Final = 0.25
 #: English text and JSON run at about four bytes a token
 _BYTES_PER_TOKEN: Final = 4
 _NEVER_S: Final = 600.0
+#: who comes back may use at once what its share makes in this time
+CREDIT_S: Final = 3.0
+#: places are kept for those within their share only where they are no more than this part of all
+RESERVE_PART: Final = 0.05
 
 
 class Waiting:
@@ -67,6 +71,9 @@ class Gate:
         self.series = QueueSeries(lambda: [queue.depth(rank) for rank in range(len(PRIORITIES))], queue.tenants)
         self._longest_s = longest_s
         self._weights = weights or {}
+        self._reserve = 0
+        queue.credit_s = CREDIT_S
+        queue.spare = self._spare
         #: by their tier and what they have tried of it
         self._groups: dict[tuple[tuple[Offer, ...], tuple[Upstream, ...]], Group] = {}
         self._running: dict[Exchange, Upstream] = {}  # on upstreams that have a limit
@@ -74,10 +81,11 @@ class Gate:
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
-    def revise(self, longest_s: float, weights: Mapping[str, float]) -> None:
-        """Go on with other settings, for those that come from now on."""
+    def revise(self, longest_s: float, weights: Mapping[str, float], reserve: int) -> None:
+        """Go on with other settings. `reserve`: places that are kept for tenants within their share."""
         self._longest_s = longest_s
         self._weights = weights
+        self._reserve = reserve
 
     # -- asked by each request ----------------------------------------------------------------------------------
 
@@ -197,6 +205,17 @@ class Gate:
                 "waited_s": round(now - turn.queued_at, 3),
                 "upstreams": sorted(upstream.name for upstream in turn.of.group.places),
             }
+
+    def _spare(self, places: Collection[Hashable]) -> int:
+        """Free places that are not kept for tenants within their share."""
+        free = total = 0
+        for upstream in cast("Collection[Upstream]", places):
+            limit = upstream.limit
+            if limit is None:
+                return 1
+            total += limit
+            free += max(0, limit - upstream.in_flight - upstream.held)
+        return free - min(self._reserve, int(RESERVE_PART * total))
 
     # -- inside -------------------------------------------------------------------------------------------------
 

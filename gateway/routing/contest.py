@@ -20,6 +20,8 @@ PRIORITIES: Final = ("high", "normal", "low")
 DEBTORS_MAX: Final = 2_000
 #: how much the latest gap between two turns counts in the mean
 _SMOOTHING: Final = 0.1
+#: what was charged longer ago than this counts half
+_MEMORY_S: Final = 30.0
 
 
 class Turn:
@@ -96,11 +98,16 @@ class Lane:
 
 
 class Grade:
-    """One class of a contest. `floor` is the highest counter that was served: below it nobody enters an empty lane."""
+    """One class of a contest. `floor` is the highest counter that was served. Who comes back begins no more than
+    `credit` below it, or where the least of its lane is if that is lower still.
+    """
 
-    __slots__ = ("accounts", "debtors", "floor", "lanes", "waiting", "weights")
+    __slots__ = ("accounts", "credit", "debtors", "floor", "lanes", "others_at", "served", "waiting", "weights")
 
     def __init__(self) -> None:
+        self.credit = 0.0
+        self.served = ""  # the tenant served last, and when that changed last
+        self.others_at = -inf
         self.accounts: dict[str, Account] = {}
         self.lanes: dict[frozenset[Hashable], Lane] = {}
         self.debtors: Heap[Account] = Heap()  # those that do not wait
@@ -109,15 +116,15 @@ class Grade:
         self.weights = 0.0  # of the accounts that wait
 
     def level(self, places: frozenset[Hashable]) -> float:
-        """Where a tenant enters the lane of `places`."""
+        """Where a tenant enters the lane of `places` at the least. Credit is given once: not below one who has it."""
         lane = self.lanes.get(places)
         first = lane.backlogs.first() if lane is not None else None
-        return self.floor if first is None else first.account.counter
+        return (self.floor if first is None else min(self.floor, first.account.counter + self.credit)) - self.credit
 
     def charge(self, tenant: str, weight: float, cost: float) -> None:
         account = self.accounts.get(tenant)
         if account is None:
-            account = self.accounts[tenant] = Account(tenant, self.floor, weight)
+            account = self.accounts[tenant] = Account(tenant, self.floor - self.credit, weight)
         account.counter += cost / weight
         self.place(account)
         if not account.waiting:
@@ -133,7 +140,7 @@ class Grade:
     def forget(self) -> None:
         """Let go of who owes nothing: on return the floor, or the least of those who wait, is where they would be."""
         while (debtor := self.debtors.first()) is not None:
-            if debtor.counter > self.floor and len(self.debtors) <= DEBTORS_MAX:
+            if debtor.counter > self.floor - self.credit and len(self.debtors) <= DEBTORS_MAX:
                 return
             self.debtors.drop(debtor)
             del self.accounts[debtor.tenant]
@@ -166,11 +173,13 @@ class Grade:
 class Contest:
     """Lanes that share places, directly or through others, and how fast they move."""
 
-    __slots__ = ("gap_s", "grades", "moved_at", "places", "waiting")
+    __slots__ = ("gap_s", "grades", "moved_at", "places", "since", "spent", "waiting")
 
     def __init__(self, now: float) -> None:
         self.places: set[Hashable] = set()
         self.grades: list[Grade] = [Grade() for _ in PRIORITIES]
+        self.spent = 0.0  # charged to anybody, `since` when
+        self.since = now
         self.waiting = 0
         self.moved_at = now
         self.gap_s = 0.0  # mean time between two turns served; 0 before the first
@@ -180,6 +189,15 @@ class Contest:
         gap_s = now - self.moved_at
         self.gap_s = self.gap_s + _SMOOTHING * (gap_s - self.gap_s) if self.gap_s else gap_s
         self.moved_at = now
+
+    def credit(self, now: float, weights: float, credit_s: float) -> float:
+        """What a tenant of weight 1 would get in `credit_s`, beside others of `weights`."""
+        elapsed_s = now - self.since
+        if elapsed_s > _MEMORY_S:
+            self.spent /= 2
+            elapsed_s /= 2
+            self.since = now - elapsed_s
+        return max(0.0, self.spent) * min(1.0, credit_s / elapsed_s if elapsed_s else 1.0) / (weights + 1.0)
 
     def pace_s(self, now: float) -> float:
         """Seconds between two turns served. A contest that has come to a halt is not as fast as it was."""

@@ -2,9 +2,13 @@
 
 Each tenant has a counter, which grows by `input_weight` for each prompt token and `output_weight` for each token of an
 answer, divided by the tenant's weight. A place that becomes free goes to the tenant with the smallest counter that
-waits for it, and within the tenant to who waits longest. A tenant that begins to wait is lifted to the smallest
-counter of those that do already, so nobody saves up by being idle. Between two tenants that both wait, the counters
-differ by no more than what one may have running. Priority classes stand above it, each with counters of its own.
+waits for it, and within the tenant to who waits longest. A tenant that begins to wait is lifted to those that do
+already, so nobody saves up by being idle. Between two tenants that both wait, the counters differ by no more than what
+one may have running. Priority classes stand above it, each with counters of its own.
+
+Two things make a tenant that stays within its share feel little of one that floods (docs/decisions.md has figures).
+Who comes back keeps a credit: what its share makes in `credit_s`, so that a few requests at once need not alternate
+with the flood's. And the last free places are kept for those who have credit left, while more than one tenant is about.
 
 A place is whatever has room for one more: an upstream. A turn names all the places that would do for it; turns that
 name the same ones stand in one lane, and lanes that share a place are in one contest, where counters are compared.
@@ -16,24 +20,38 @@ Every operation is O(log n) in the turns and tenants, times the lanes of a conte
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from itertools import count
-from math import ceil
+from math import ceil, inf
+from typing import Final
 
 from gateway.routing.contest import PRIORITIES, Account, Backlog, Contest, Grade, Lane, Turn, order_of
 from gateway.routing.heap import Heap
 
 __all__ = ["PRIORITIES", "FairQueue", "Turn"]
 
+#: so long after another tenant was served, places are kept for such
+OTHERS_S: Final = 30.0
+
 
 class FairQueue:
     """The queue of all who wait. At most `most` do: `enter` gives back the turn that must go.
 
-    Times are seconds of whatever clock the caller has.
+    Times are seconds of whatever clock the caller has. `spare` is given the places of a contest, and says how many more
+    may be taken by those who have no credit; without it all may, and no place is free while somebody wants it.
     """
 
-    def __init__(self, most: int = 1000, input_weight: float = 1.0, output_weight: float = 2.0) -> None:
+    def __init__(
+        self,
+        most: int = 1000,
+        input_weight: float = 1.0,
+        output_weight: float = 2.0,
+        credit_s: float = 0.0,
+        spare: Callable[[Collection[Hashable]], int] | None = None,
+    ) -> None:
         self.most = most
+        self.credit_s = credit_s
+        self.spare = spare
         self.input_weight = input_weight
         self.output_weight = output_weight
         self._contests: dict[Hashable, Contest] = {}  # by place
@@ -130,8 +148,17 @@ class FairQueue:
             if found is not None:
                 turn = found.head()
                 account = found.account
+                others = account.counter > grade.floor and now - grade.others_at < OTHERS_S
+                if others and self.spare is not None and self.spare(contest.places) <= 0:
+                    return None  # kept for them
+                if turn.tenant != grade.served:
+                    grade.others_at = now if grade.served else -inf
+                    grade.served = turn.tenant
                 grade.floor = max(grade.floor, account.counter)
+                grade.forget()
                 contest.moved(now)
+                contest.spent += turn.cost
+                grade.credit = contest.credit(now, grade.weights, self.credit_s)
                 grade.charge(turn.tenant, turn.weight, turn.cost)
                 self.leave(turn)
                 return turn
@@ -156,6 +183,7 @@ class FairQueue:
         """`tenant` used `cost` at `place`; below zero gives back. Held against it only while somebody waits."""
         contest = self._contests.get(place)
         if contest is not None and contest.grades[rank].waiting:
+            contest.spent += cost
             contest.grades[rank].charge(tenant, weight, cost)
 
     # -- what is told -------------------------------------------------------------------------------------------
@@ -199,6 +227,7 @@ class FairQueue:
     def _join(self, into: Contest, other: Contest) -> None:
         """Put two contests together. Their counters have nothing to do with each other, so the levels are made one."""
         into.places |= other.places
+        into.spent += other.spent
         for place in other.places:
             self._contests[place] = into
         for rank, grade in enumerate(other.grades):

@@ -381,3 +381,40 @@ async def test_what_the_queue_tells_in_metrics(sim: SimServer) -> None:
         text = await here.scrape()
         assert re.search(r"^gateway_queue_wait_seconds_count 3\.0$", text, re.MULTILINE)
         assert 'gateway_queue_depth{class="normal"} 0.0' in text
+
+
+@pytest.mark.parametrize(("reserve", "free"), [(4, 2), (0, 0)])
+async def test_a_few_places_are_kept_for_those_within_their_share(sim: SimServer, reserve: int, free: int) -> None:
+    """Of 40 places two, a twentieth: the next request of the one who floods not is served without any release."""
+    async with crowded(sim, 40, keys={"a": {}, "b": {}}, queue_reserve=reserve) as here:
+        upstream = here.app.catalog.upstreams[0]
+        flood = [await Client.open(here.port, here.key) for _ in range(60)]
+        for client in flood:
+            client.send("POST", CHAT, chat(stream=True, max_tokens=5000, sim={"token_s": 0.05}), key=here.keys["a"])
+        await until(lambda: depth(here) == 20)
+        first = asyncio.create_task(ask(here, "b"))
+        await until(lambda: depth(here) == 21)
+        running = [one for one in flood if not one.reader.at_eof() and await _began(one)]
+        for client in running[:8]:
+            client.abort()
+        assert (await first).status == 200
+        await until(lambda: upstream.in_flight == 40 - free)
+        await asyncio.sleep(0.6)
+        assert upstream.in_flight == 40 - free
+        if free:
+            assert (await ask(here, "b")).status == 200
+            assert depth(here) > 0
+        for client in flood:
+            client.abort()
+        await until(lambda: here.app.in_flight() == 0)
+        assert_idle(here)
+
+
+async def _began(client: Client) -> bool:
+    """Whether the stream's head is there."""
+    try:
+        async with asyncio.timeout(0.05):
+            await client.head()
+    except TimeoutError:
+        return False
+    return True

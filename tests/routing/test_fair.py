@@ -243,6 +243,66 @@ def test_a_crowd_of_passing_tenants_takes_no_memory_for_ever() -> None:
     assert_empty(queue)
 
 
+def test_who_comes_back_has_the_credit_of_its_share_and_no_more() -> None:
+    """3 s at a turn each second, beside one other: what two tenants share is 3 turns, so one or two come first."""
+    queue = FairQueue(credit_s=3.0)
+    for _ in range(200):
+        queue.enter(turn("flood"), 0)
+    for second in range(100):
+        queue.next("gpu", float(second))
+    for _ in range(20):
+        queue.enter(turn("light"), 100.0)
+    order = [queue.next("gpu", 100.0 + second) for second in range(20)]
+    names = "".join(one.tenant[0] for one in order if one is not None)
+    assert names.startswith("ll")
+    assert 10 <= names.count("l") <= 12
+
+
+def test_credit_is_given_once_and_does_not_run_down() -> None:
+    """Newcomers beside one that has credit begin where it began, and not lower each time."""
+    queue = FairQueue(credit_s=5.0)
+    for _ in range(300):
+        queue.enter(turn("flood"), 0)
+    for second in range(100):
+        queue.next("gpu", float(second))
+    for number in range(50):
+        queue.enter(turn(f"guest-{number}"), 100.0)
+    grade = queue._contests["gpu"].grades[NORMAL]
+    assert min(account.counter for account in grade.accounts.values()) >= grade.floor - grade.credit - 1e-9
+
+
+def test_the_last_places_are_kept_for_those_within_their_share() -> None:
+    free = 3
+    queue = FairQueue(credit_s=3.0, spare=lambda places: free - 1)
+    for _ in range(100):
+        queue.enter(turn("flood"), 0)
+    for second in range(20):
+        assert queue.next("gpu", float(second)) is not None, "alone it may have all"
+    queue.enter(turn("light"), 20.0)
+    free = 1
+    one = queue.next("gpu", 20.0)
+    assert one is not None
+    assert one.tenant == "light"
+    assert queue.next("gpu", 20.0) is None
+    free = 2
+    one = queue.next("gpu", 20.0)
+    assert one is not None
+    assert one.tenant == "flood"
+
+
+def test_places_are_kept_only_while_there_is_somebody_to_keep_them_for() -> None:
+    queue = FairQueue(credit_s=3.0, spare=lambda places: 0)
+    for _ in range(100):
+        queue.enter(turn("flood"), 0)
+    for second in range(20):
+        queue.next("gpu", float(second))
+    queue.enter(turn("light"), 20.0)
+    assert queue.next("gpu", 20.0) is not None
+    assert queue.next("gpu", 20.0) is None
+    assert queue.next("gpu", 45.0) is None
+    assert queue.next("gpu", 51.0) is not None
+
+
 # -- properties -------------------------------------------------------------------------------------------------
 
 moves = st.lists(
