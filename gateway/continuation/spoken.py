@@ -218,7 +218,7 @@ class Spoken:
         return f"<Spoken {self.tokens} tokens{'' if self.plain else ', not plain'}{', finished' * self.finished}>"
 
 
-def given(text: str) -> str:
+def to_tell(text: str) -> str:
     """What of `text` the next engine is told: no character that was only begun, and no blanks at the end."""
     return text.rstrip("\ufffd").rstrip()
 

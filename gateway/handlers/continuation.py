@@ -15,7 +15,7 @@ from gateway.catalog import Offer
 from gateway.continuation.joint import Joint, ending
 from gateway.continuation.meter import JoinedMeter
 from gateway.continuation.request import Finished, continuable, for_the_rest, stop_strings
-from gateway.continuation.spoken import UNREAD_BYTES, Spoken, before_error, given
+from gateway.continuation.spoken import UNREAD_BYTES, Spoken, before_error, to_tell
 from gateway.errors import GatewayError, UpstreamError, UpstreamGivenUp, UpstreamInterrupted
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import Plan
@@ -141,7 +141,7 @@ class Continuation:
             self._ended("unfit", broken)
             return None
         said = spoken.text
-        told = given(said)
+        told = to_tell(said)
         usage = meter.usage
         made = spoken.tokens if usage is None else max(spoken.tokens, usage.completion)
         exact = usage is not None and usage.completion == made and not usage.estimated

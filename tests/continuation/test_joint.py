@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.continuation.joint import Joint, Unfit, ending
 from gateway.continuation.meter import JoinedMeter, Stopped
-from gateway.continuation.spoken import Spoken, given
+from gateway.continuation.spoken import Spoken, to_tell
 from gateway.errors import UpstreamBroken
 from gateway.wire.usage import SseMeter, Usage
 from tests import transcripts
@@ -63,7 +65,7 @@ def joined(shown: list[bytes], following: list[bytes], *, chat: bool = True, sto
         said.identity,
         chat,
         said=said.text,
-        told=given(said.text),
+        told=to_tell(said.text),
         stops=stops,
         tokens=said.tokens - said.blanks,
     )
@@ -78,7 +80,7 @@ TEXTS = ["The", " answer", ":", "\n\n", "   ", "é", " 1", "\n", "end"]
 def test_no_seam_at_any_token(cut: int, chat: bool) -> None:
     whole = b"".join(stream("first", TEXTS, chat=chat))
     shown = stream("first", TEXTS, chat=chat)[: cut + chat]
-    told = given("".join(TEXTS[:cut]))
+    told = to_tell("".join(TEXTS[:cut]))
     tokens = next(n for n in range(len(TEXTS) + 1) if len("".join(TEXTS[:n])) >= len(told))
     following = stream("another", TEXTS[tokens:], chat=chat, prompt=10 + tokens)
     found = joined(shown, following, chat=chat)
@@ -214,9 +216,9 @@ def test_usage_in_every_chunk_and_zeros() -> None:
     zeros = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     running = {"prompt_tokens": 14, "completion_tokens": 2, "total_tokens": 16, "odd": None}
     joint = Joint(None, True, tokens=4)
-    for given_, expected in ((zeros, zeros), (running, {**running, "prompt_tokens": 10, "completion_tokens": 6}),
+    for usage, expected in ((zeros, zeros), (running, {**running, "prompt_tokens": 10, "completion_tokens": 6}),
                              (None, None), ("odd", "odd")):  # fmt: skip
-        document = {"choices": [{"index": 0, "delta": {"content": "a"}}], "usage": given_}
+        document = {"choices": [{"index": 0, "delta": {"content": "a"}}], "usage": usage}
         assert documents(joint.feed(event(document)))[0]["usage"] == expected
 
 
@@ -230,3 +232,17 @@ def test_endings() -> None:
     assert done == b"[DONE]"
     assert documents(ending(said.identity, False, "length", None))[0]["choices"][0]["text"] == ""
     assert ending(said.identity, True, None, None) == DONE
+
+
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), min_size=1, max_size=6), max_size=80),
+    st.integers(0, 80),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_any_text_cut_anywhere_and_told_in_other_pieces(texts: list[str], cut: int, size: int, chat: bool) -> None:
+    whole = "".join(texts)
+    shown = stream("first", texts, chat=chat)[: min(cut, len(texts)) + chat]
+    left = whole[len(to_tell("".join(texts[:cut]))) :]
+    following = stream("b", [left[at : at + size] for at in range(0, len(left), size)], chat=chat)
+    assert text_of(joined(shown, following, chat=chat)) == whole

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gateway.continuation.spoken import AT_ONCE_BYTES, TEXT_BYTES, Spoken, before_error, given
+from gateway.continuation.spoken import AT_ONCE_BYTES, TEXT_BYTES, Spoken, before_error, to_tell
 from tests import transcripts
 
 
@@ -164,10 +164,10 @@ def test_blanks_at_the_end_are_counted() -> None:
 
 
 def test_what_the_next_engine_is_told() -> None:
-    assert given("The end.\n\n  ") == "The end."
-    assert given("half a \ufffd") == "half a"
-    assert given("été") == "été"
-    assert given(" \n") == ""
+    assert to_tell("The end.\n\n  ") == "The end."
+    assert to_tell("half a \ufffd") == "half a"
+    assert to_tell("été") == "été"
+    assert to_tell(" \n") == ""
 
 
 def test_events_before_an_error() -> None:
