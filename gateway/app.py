@@ -47,7 +47,6 @@ from gateway.ledger.shipper import Shipper
 from gateway.limits.limiter import Limiter
 from gateway.log import RequestLog
 from gateway.metrics import Level, Metrics
-from gateway.oidc.grants import EVERYBODY
 from gateway.oidc.issuer import Issuer
 from gateway.oidc.signers import Signers
 from gateway.oidc.tokens import Tokens
@@ -260,20 +259,8 @@ class App:
         }
 
     def _tokens(self) -> Tokens | None:
-        config = self.config
-        if config.oidc_issuer is None:
-            return None
-        issuer = Issuer(
-            url=config.oidc_issuer,
-            audience=config.oidc_audience,
-            jwks_url=config.oidc_jwks_url or "",
-            algorithms=config.oidc_algorithms,
-            leeway_s=config.oidc_leeway_s,
-            name_claim=config.oidc_name_claim,
-            group_claim=config.oidc_group_claim or "",
-            grants=config.oidc_grants or EVERYBODY,
-        )
-        return Tokens(issuer, Signers(self.control.fetch, issuer))
+        issuer = Issuer.configured(self.config)
+        return None if issuer is None else Tokens(issuer, Signers(self.control.fetch, issuer))
 
     def _ollama(self) -> Upstream | None:
         """The Ollama whose models are managed: the one of OLLAMA_BASE_URL."""

@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from gateway.config import Config
+from gateway.oidc.issuer import Issuer
+from gateway.oidc.signers import Signers
 from gateway.store.client import REQUEST_TIMEOUT_S, Store
 from gateway.store.visit import Refused, Visit
+from gateway.upstreams.control import Control
 
 #: a stream takes two, a client that keeps its connection one
 MIN_OPEN_FILES: Final = 4096
@@ -41,6 +44,8 @@ class Finding:
 async def examine(config: Config) -> list[Finding]:
     """Every finding, the machine's first."""
     found = [*_data_directory(config.data_dir), _open_files(), _aiohttp(), _event_loop()]
+    if (issuer := Issuer.configured(config)) is not None:
+        found.append(await _issuer(issuer))
     store = Store.open(config.store, config.redis_url.value, config.data_dir)
     if store is None:
         if config.store == "off":
@@ -49,6 +54,23 @@ async def examine(config: Config) -> list[Finding]:
     async with _visit(store) as visit:
         found += [one async for one in _store(store, visit)]
     return found
+
+
+async def _issuer(issuer: Issuer) -> Finding:
+    """Whether tokens could be verified now."""
+    name = "token issuer"
+    async with Control() as control:
+        signers = Signers(control.fetch, issuer)
+        await signers.look()
+    if signers.trouble:
+        return Finding(
+            name, "fail", signers.trouble, "look at GATEWAY_OIDC_ISSUER: to the letter as in the tokens' iss"
+        )
+    usable = sum(any(one.fits(None, alg) for alg in issuer.algorithms) for one in signers.all)
+    found = f"{usable} of the {len(signers.all)} keys of {issuer.url} are for {', '.join(issuer.algorithms)}"
+    if not usable:
+        return Finding(name, "fail", found, "name its algorithms in GATEWAY_OIDC_ALGORITHMS")
+    return Finding(name, "ok", found)
 
 
 @asynccontextmanager

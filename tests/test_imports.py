@@ -87,7 +87,7 @@ ROOMS: dict[str, frozenset[str]] = {
         }
         | {"importers", "store", "upstreams"}
     ),
-    "doctor": frozenset({"config", "server", "store", "errors"}),
+    "doctor": frozenset({"config", "oidc", "server", "store", "upstreams", "errors"}),
     "__main__": frozenset({"cli"}),
 }
 

@@ -232,7 +232,7 @@ def texts(raw: object) -> tuple[str, ...]:
 
 
 def algorithms(raw: object) -> tuple[str, ...]:
-    found = texts(raw)
+    found = tuple(issuer.modern(one) for one in texts(raw))
     for one in found:
         if one not in issuer.ALGORITHMS:
             near = nearest(one, issuer.ALGORITHMS)

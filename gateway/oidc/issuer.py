@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from gateway.oidc.grants import EVERYBODY, Grant
+
+if TYPE_CHECKING:
+    from gateway.config import Config
 
 #: asymmetric, all: with a symmetric one, a public key could be taken for the secret
 ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "Ed25519")
@@ -24,6 +27,27 @@ class Issuer:
     name_claim: str = "sub"
     group_claim: str = ""
     grants: tuple[Grant, ...] = EVERYBODY
+
+    @classmethod
+    def configured(cls, config: Config) -> Issuer | None:
+        """The one that the configuration names, None if it names none."""
+        if config.oidc_issuer is None:
+            return None
+        return cls(
+            url=config.oidc_issuer,
+            audience=config.oidc_audience,
+            jwks_url=config.oidc_jwks_url or "",
+            algorithms=config.oidc_algorithms,
+            leeway_s=config.oidc_leeway_s,
+            name_claim=config.oidc_name_claim,
+            group_claim=config.oidc_group_claim or "",
+            grants=config.oidc_grants or EVERYBODY,
+        )
+
+
+def modern(algorithm: str) -> str:
+    """The name of a signature algorithm by RFC 9864, which names the curve: many still write "EdDSA" (RFC 8037)."""
+    return "Ed25519" if algorithm == "EdDSA" else algorithm
 
 
 def trusted_url(url: str) -> bool:

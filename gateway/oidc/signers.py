@@ -16,7 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
 from gateway.errors import GatewayError
-from gateway.oidc.issuer import Issuer, trusted_url
+from gateway.oidc.issuer import Issuer, modern, trusted_url
 
 if TYPE_CHECKING:
     from joserfc.jwk import ECKey, OKPKey, RSAKey
@@ -35,22 +35,22 @@ AGAIN_S: Final = 10.0
 _KEYS_MAX: Final = 64
 _RSA_MIN_BITS: Final = 2048
 _PUBLIC: Final = {"RSA": ("n", "e"), "EC": ("crv", "x", "y"), "OKP": ("crv", "x")}
-_FAMILIES: Final = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
+#: a curve is for one algorithm, an RSA key for six
+_BY_CURVE: Final = {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512", "Ed25519": "Ed25519"}
 
 
 class Signer:
-    """One public key. `alg` is the only algorithm it is for, "" for any of its family."""
+    """One public key. `alg` is the only algorithm it is for, "" for all of RSA."""
 
-    __slots__ = ("alg", "id", "key", "kind")
+    __slots__ = ("alg", "id", "key")
 
-    def __init__(self, id: str, kind: str, alg: str, key: Key) -> None:
+    def __init__(self, id: str, alg: str, key: Key) -> None:
         self.id = id
-        self.kind = kind
         self.alg = alg
         self.key = key
 
     def fits(self, id: str | None, alg: str) -> bool:
-        return id in (None, self.id) and self.alg in ("", alg) and _FAMILIES.get(alg[:2]) == self.kind
+        return id in (None, self.id) and (self.alg == alg or (not self.alg and alg[:2] in ("RS", "PS")))
 
 
 class Signers:
@@ -173,7 +173,14 @@ def _signer(raw: object) -> Signer | None:
     kind, alg, id = raw.get("kty"), raw.get("alg", ""), raw.get("kid", "")
     if kind not in _PUBLIC or raw.get("use", "sig") != "sig" or "verify" not in raw.get("key_ops", ("verify",)):
         return None  # a symmetric key among them would let the issuer's readers sign
-    if not isinstance(alg, str) or not isinstance(id, str) or (alg and _FAMILIES.get(alg[:2]) != kind):
+    if not isinstance(alg, str) or not isinstance(id, str):
+        return None
+    alg = modern(alg)
+    if kind == "RSA":
+        fitting = alg if alg[:2] in ("", "RS", "PS") else None
+    else:
+        fitting = _BY_CURVE.get(str(raw.get("crv")))
+    if fitting is None or (alg and alg != fitting):
         return None
     try:
         if kind == "RSA" and _bits(raw["n"]) < _RSA_MIN_BITS:
@@ -181,7 +188,7 @@ def _signer(raw: object) -> Signer | None:
         key: Any = import_key({"kty": kind, **{name: raw[name] for name in _PUBLIC[kind]}})
     except (JoseError, ValueError, TypeError, KeyError):
         return None
-    return Signer(id, kind, alg, key)
+    return Signer(id, fitting, key)
 
 
 def _bits(number: str) -> int:

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gateway.errors import Forbidden, GatewayError, Unauthorized
 from gateway.oidc.grants import grant_of, principal_of
+from gateway.oidc.issuer import modern
 
 if TYPE_CHECKING:
-    from joserfc.jws import JWSRegistry
-
     from gateway.identity.principals import Principal
     from gateway.oidc.issuer import Issuer
     from gateway.oidc.signers import Signer, Signers
@@ -58,7 +57,7 @@ class Tokens:
         if len(token) > TOKEN_MAX_CHARS:
             raise Unauthorized("this token is too long", code="invalid_token")
         header = _header(token)
-        alg, id = header["alg"], header.get("kid")
+        alg, id = modern(header["alg"]), header.get("kid")
         if alg not in self._issuer.algorithms:
             raise Unauthorized("this token's algorithm is not accepted here", code="invalid_token")
         signers = self.signers.find(id, alg)
@@ -79,7 +78,9 @@ class Tokens:
         from joserfc import jwt
         from joserfc.errors import JoseError
 
-        registry = _registry([alg])
+        from gateway.oidc.jose import Registry
+
+        registry = Registry([alg])
         for signer in signers[:_TRIES_MAX]:
             try:
                 return jwt.decode(token, signer.key, algorithms=[alg], registry=registry).claims
@@ -145,21 +146,15 @@ class Tokens:
         return mark.digest()
 
 
-def _registry(algorithms: list[str] | None) -> JWSRegistry:
-    from joserfc.jws import JWSRegistry
-
-    registry = JWSRegistry(algorithms=algorithms, strict_check_header=False)
-    registry.max_header_length = 4096  # some issuers put their certificate there
-    return registry
-
-
 def _header(token: str) -> dict[str, Any]:
     """The header of a token nobody has verified: enough to find the key."""
     from joserfc.errors import JoseError
     from joserfc.jws import extract_compact
 
+    from gateway.oidc.jose import Registry
+
     try:
-        header = extract_compact(token.encode("ascii"), registry=_registry(None)).headers()
+        header = extract_compact(token.encode("ascii"), registry=Registry(())).headers()
         well = isinstance(header["alg"], str) and isinstance(header.get("kid", ""), str) and "crit" not in header
         kind = header.get("typ", "")
         if well and isinstance(kind, str) and kind.lower() in _TYPES:

@@ -8,13 +8,18 @@ import hashlib
 import hmac
 import json
 import time
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from joserfc import jwt
 from joserfc.jwk import RSAKey
 
+from gateway.config import Config
+from gateway.doctor import Finding, examine
 from gateway.limits.spec import Limit
 from gateway.oidc import signers as signers_module
 from gateway.oidc.grants import Grant
@@ -58,6 +63,18 @@ async def test_a_token_of_each_kind_of_key(issuer: TestIssuer, key: Any) -> None
         assert answer.status == 200
         assert (await asked(here, here.key)).status == 200  # keys are as good as before
         assert here.record.key == "client"
+
+
+async def test_the_older_name_of_ed25519(issuer: TestIssuer) -> None:
+    """RFC 8037 calls it EdDSA, and so do most issuers; a key of the set may say so too."""
+    with warnings.catch_warnings(action="ignore"):  # the library that signs it here says that the name is old
+        token = jwt.encode({"alg": "EdDSA", "kid": "ed-0"}, issuer.claims(), ED, algorithms=["EdDSA"])
+    issuer.jwks = json.dumps({"keys": [{**ED.as_dict(private=False), "alg": "EdDSA"}]}).encode()
+    async with trusting(issuer, oidc_algorithms=("Ed25519",)) as here:
+        assert (await asked(here, token)).status == 200
+        assert (await asked(here, issuer.token(ED))).status == 200
+    async with trusting(issuer, oidc_algorithms=("RS256",)) as here:
+        assert (await asked(here, token)).status == 401
 
 
 def unsigned(header: dict[str, Any], claims: dict[str, Any], signature: bytes = b"") -> str:
@@ -283,6 +300,8 @@ async def test_keys_that_must_not_verify_are_left_out(issuer: TestIssuer) -> Non
         {"kty": "oct", "kid": "oct", "k": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0"},
         {"kty": "RSA", "kid": "short", "n": base64.urlsafe_b64encode(b"\xff" * 128).decode().rstrip("="), "e": "AQAB"},
         {"kty": "EC", "kid": "bad", "crv": "P-256", "x": "AA", "y": "AA"},
+        {**EC.as_dict(private=False), "kid": "curve", "alg": "ES384"},
+        {**EC.as_dict(private=False), "kid": "list", "crv": ["P-256"]},
         None,
     ]
     found = list(signers_module.read_keys(json.dumps({"keys": [*unusable, {**rsa, "kid": "good"}]}).encode()))
@@ -310,3 +329,22 @@ async def test_without_an_issuer_a_token_is_a_wrong_key(issuer: TestIssuer) -> N
         answer = await asked(here, issuer.token())
         assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
         assert issuer.asked == 0
+
+
+async def test_the_doctor_asks_the_issuer(issuer: TestIssuer, tmp_path: Path) -> None:
+    async def found(**settings: Any) -> Finding:
+        config = Config(data_dir=tmp_path, store="off", oidc_issuer=issuer.url, oidc_audience=(AUDIENCE,), **settings)
+        (finding,) = [one for one in await examine(config) if one.name == "token issuer"]
+        return finding
+
+    finding = await found()
+    assert (finding.status, finding.found) == ("ok", f"2 of the 3 keys of {issuer.url} are for RS256, ES256")
+    assert (await found(oidc_algorithms=("ES512",))).status == "fail"  # of another curve
+    issuer.keys = [ED]
+    finding = await found()
+    assert (finding.status, finding.advice) == ("fail", "name its algorithms in GATEWAY_OIDC_ALGORITHMS")
+    issuer.down = True
+    finding = await found()
+    assert finding.status == "fail"
+    assert "cannot be fetched" in finding.found
+    assert not [one for one in await examine(Config(data_dir=tmp_path, store="off")) if one.name == "token issuer"]
