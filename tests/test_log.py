@@ -99,3 +99,9 @@ def test_a_trace_of_an_endless_chain_ends() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
     assert trace(first).count("Traceback") == 8
+
+
+def test_what_has_its_default_is_left_out() -> None:
+    line = json.loads(encode(record(one())))
+    assert {"request_id", "status", "error", "ttft_s"} <= line.keys(), "what every request has is always there"
+    assert line.keys().isdisjoint({"cost", "queued_s", "attempts_made", "limits", "client", "model_asked"})

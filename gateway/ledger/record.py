@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Final
 
 import msgspec
 
 from gateway.exchange import Attempt, Exchange, LimitUse
+
+#: a float is left out as the default only if it is this very object
+_ZERO: Final = 0.0
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
@@ -51,7 +55,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     route_reason: str = ""
     continued: int = 0  # times another upstream went on with the answer
     limits: tuple[LimitUse, ...] = ()  # arrays: name, scope, resource, reserved, used, source
-    queued_s: float = 0.0  # of the duration: the wait for room on an upstream
+    queued_s: float = _ZERO  # of the duration: the wait for room on an upstream
     ttft_predicted_s: float | None = None  # from the choice of the upstream on; null where nothing had to be predicted
     believed_cached_tokens: int | None = None  # of the prompt, when the upstream was chosen, by the gateway's count
 
@@ -103,7 +107,7 @@ def record(exchange: Exchange) -> Record:
         exchange.route_reason,
         exchange.continued,
         exchange.limits,
-        queued_s=_rounded(exchange.queued_s),
+        queued_s=_rounded(exchange.queued_s) if exchange.queued_s else _ZERO,
         ttft_predicted_s=None if exchange.ttft_predicted_s is None else _rounded(exchange.ttft_predicted_s),
         believed_cached_tokens=exchange.believed_cached,
     )

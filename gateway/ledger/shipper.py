@@ -32,7 +32,7 @@ import msgspec
 from gateway.ledger import folded, frames
 from gateway.ledger.recovery import GATEWAY_ENDED, Adopted, adopt, decode, entries
 from gateway.ledger.tally import Tallies
-from gateway.ledger.totals import DAY_S, SUMS, Place, Sums, Totals, merge, of
+from gateway.ledger.totals import DAY_S, SUMS, Place, Sums, Totals, of
 from gateway.store.client import StoreAway
 from gateway.store.scripts import Script
 
@@ -411,26 +411,25 @@ def shipment(
     store: Store, journal: str, mark: int, end: int, hours: Totals, payloads: Sequence[bytes]
 ) -> tuple[list[str], list[str | bytes | int]]:
     """Keys and arguments of SHIP."""
-    days: Totals = {}
-    for place, sums in hours.items():
-        merge(days, place._replace(at=place.at // DAY_S * DAY_S), sums)
     keys = [marks_key(store), records_key(store), kept_key(store)]
+    first = len(keys)
     indexes: dict[str, int] = {}
+    for at in sorted({place.at for place in hours}):
+        indexes.setdefault(hour_key(store, at), first + len(indexes) + 1)
+    hours_count = len(indexes)
+    for at in sorted({place.at // DAY_S * DAY_S for place in hours}):
+        indexes.setdefault(day_key(store, at), first + len(indexes) + 1)
     increments: list[str | bytes | int] = []
-    hours_count = 0
-    for name, totals in ((hour_key, hours), (day_key, days)):
-        for place, sums in totals.items():
-            key = name(store, place.at)
-            if key not in indexes:
-                keys.append(key)
-                indexes[key] = len(keys)
-            for field, amount in sums.items():
-                if amount:
-                    increments += (indexes[key], field_of(place, field), amount)
-        if name is hour_key:
-            hours_count = len(indexes)
+    for place, sums in hours.items():
+        hour = indexes[hour_key(store, place.at)]
+        day = indexes[day_key(store, place.at // DAY_S * DAY_S)]
+        labels = field_of(place, "")
+        for name, amount in sums.items():
+            if amount:
+                field = labels + name
+                increments += (hour, field, amount, day, field, amount)
     head: list[str | bytes | int] = [journal, mark, end, STREAM_MAX, HOURS_KEPT_S, hours_count, len(payloads)]
-    return keys, [*head, b"\n".join(payloads), *increments]
+    return [*keys, *indexes], [*head, b"\n".join(payloads), *increments]
 
 
 def sums_of(at: int, fields: Sequence[bytes]) -> dict[Place, Sums]:

@@ -15,10 +15,10 @@ from gateway.ledger.totals import Totals, add
 
 #: what one tally, and so one call of the store's script, holds at most
 RECORDS_MAX: Final = 1000
-PLACES_MAX: Final = 64
+PLACES_MAX: Final = 256
 PAYLOAD_MAX_BYTES: Final = 512 * 1024
 #: full tallies kept for a store that does not take them
-KEPT: Final = 16
+KEPT: Final = 64
 
 
 class Tally:
