@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: `typ` of tokens that give access (RFC 9068) or say who somebody is; a logout token of the same issuer does neither
 _TYPES: Final = frozenset({"", "jwt", "at+jwt", "application/at+jwt"})
+#: code of a token that is none, or that nobody trusted has signed
+FORGED: Final = "invalid_token"
 TOKEN_MAX_CHARS: Final = 16_384
 _CACHE_MAX: Final = 10_000
 _EXP_MAX: Final = 10**11
@@ -48,18 +50,20 @@ class Tokens:
         return found[0] if found is not None and now_unix_s < found[1] else None
 
     async def verify(self, token: str, now_unix_s: float) -> Principal:
-        """Who presents this token. Raises Unauthorized, Forbidden if no grant fits, or, where no key of the issuer is
-        known yet, GatewayError (503).
+        """Who presents this token.
+
+        Raises Unauthorized, whose code is FORGED if no key of the issuer signed it; Forbidden if no grant fits; or,
+        where no key of the issuer is known yet, GatewayError (503).
         """
         found = self.known(token, now_unix_s)
         if found is not None:
             return found
         if len(token) > TOKEN_MAX_CHARS:
-            raise Unauthorized("this token is too long", code="invalid_token")
+            raise Unauthorized("this token is too long", code=FORGED)
         header = _header(token)
         alg, id = modern(header["alg"]), header.get("kid")
         if alg not in self._issuer.algorithms:
-            raise Unauthorized("this token's algorithm is not accepted here", code="invalid_token")
+            raise Unauthorized("this token's algorithm is not accepted here", code=FORGED)
         signers = self.signers.find(id, alg)
         if not signers:
             await self.signers.look()
@@ -86,7 +90,7 @@ class Tokens:
                 return jwt.decode(token, signer.key, algorithms=[alg], registry=registry).claims
             except (JoseError, ValueError, RecursionError):
                 continue
-        raise Unauthorized("this token is not signed by a key of the issuer", code="invalid_token")
+        raise Unauthorized("this token is not signed by a key of the issuer", code=FORGED)
 
     def _check(self, claims: dict[str, Any], now_unix_s: float) -> float:
         """Until when (wall time) the token holds. Raises Unauthorized."""
@@ -105,10 +109,10 @@ class Tokens:
         try:
             registry.validate(claims)
         except ExpiredTokenError:
-            raise Unauthorized("this token has expired", code="token_expired") from None
+            raise _refused("this token has expired", "token_expired") from None
         except JoseError as error:
             name = getattr(error, "claim", "") or "claims"
-            raise Unauthorized(f"this token is not accepted here: look at its `{name}`", code="invalid_token") from None
+            raise _refused(f"this token is not accepted here: look at its `{name}`") from None
         return float(min(claims["exp"], _EXP_MAX)) + issuer.leeway_s
 
     def _principal(self, claims: dict[str, Any]) -> Principal:
@@ -119,7 +123,7 @@ class Tokens:
         try:
             principal = principal_of(grant, claims, issuer.url, issuer.name_claim, issuer.group_claim)
         except KeyError:
-            raise Unauthorized(f"this token has no `{issuer.name_claim}`", code="invalid_token") from None
+            raise _refused(f"this token has no `{issuer.name_claim}`") from None
         before = self._principals.get(principal.key_id)
         if before == principal:
             return before
@@ -146,6 +150,11 @@ class Tokens:
         return mark.digest()
 
 
+def _refused(message: str, code: str = "token_refused") -> Unauthorized:
+    """For a token that the issuer did sign: nobody has guessed it."""
+    return Unauthorized(message, code=code)
+
+
 def _header(token: str) -> dict[str, Any]:
     """The header of a token nobody has verified: enough to find the key."""
     from joserfc.errors import JoseError
@@ -161,4 +170,4 @@ def _header(token: str) -> dict[str, Any]:
             return header
     except (JoseError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise Unauthorized("this token cannot be read, or is of a kind that gives no access", code="invalid_token")
+    raise Unauthorized("this token cannot be read, or is of a kind that gives no access", code=FORGED)
