@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -34,6 +35,8 @@ _log = logging.getLogger("gateway.server")
 MIN_AIOHTTP: Final = (3, 14, 4)
 #: Work left after an error event was written: time for the bytes to leave before the sockets are closed.
 LAST_WORDS_S: Final = 0.5
+#: what the kernel holds of an answer that its client does not read, at most twice this
+SEND_BYTES: Final = 128 * 1024
 #: whoever asked /readyz no longer ago than this watches it
 WATCHED_S: Final = 30.0
 #: so many more objects than before, and the collector looks: those of a hundred requests under way, not of ten
@@ -41,11 +44,11 @@ COLLECT_EVERY: Final = 10_000
 
 
 class ClientProtocol(RequestHandler):
-    """aiohttp's server side of one client connection, with three changes.
+    """aiohttp's server side of one client connection, with four changes.
 
     Requests are handled without a task of their own (`start`). `on_pause` and `on_resume` are called when the
     client's buffer is full, and when there is room again. Errors that arise before a request exists (the parser's)
-    are answered in our own shape and show no byte of what was sent.
+    are answered in our own shape and show no byte of what was sent. The kernel's send buffer has a bound.
     """
 
     __slots__ = ("on_pause", "on_resume")
@@ -54,6 +57,11 @@ class ClientProtocol(RequestHandler):
         super().__init__(*args, **kwargs)
         self.on_pause: Callable[[], None] | None = None
         self.on_resume: Callable[[], None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        with contextlib.suppress(OSError):  # it may be gone already
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
 
     async def start(self) -> None:
         """Answer this connection's requests, one after the other, in the connection's own task.

@@ -7,6 +7,8 @@ never looks like an end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import ssl
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from gateway.upstreams.transport import Pool
 
 MAX_HEAD_BYTES: Final = 64 * 1024
+#: What the kernel holds of an answer that is not read, at most twice this. Left to itself it takes many MiB, and a few
+#: hundred clients that do not read bring all TCP of the host to a crawl (tcp_mem, tcp(7)).
+RECEIVE_BYTES: Final = 128 * 1024
 
 
 class Connection(asyncio.Protocol):
@@ -103,6 +108,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]  # create_connection gives a full Transport
+        with contextlib.suppress(OSError):  # it may be gone already
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         # Not before there is a connection, whose loss breaks the cycle that they make.
         self._parser = HttpResponseParser(self)
         self._feed = self._parser.feed_data

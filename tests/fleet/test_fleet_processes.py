@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import signal
+import socket
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.fleet.rig import EngineProcess, Load, Outcome, ask_once, engine_processes, load, pool, unique, upstream_of
-from tests.journeys.stage import Client, gateway, until
+from tests.fleet.rig import Load, Outcome, ask_once, engine_processes, load, pool, unique, upstream_of
+from tests.journeys.stage import CHAT, SSE_HEAD, Client, Scripted, chat, event, framed, gateway, until
 from tests.journeys.test_journey_process import KEY, Process, serve
+from tests.replay import Seen
 
 
 def not_done(outcomes: list[Outcome]) -> list[Outcome]:
@@ -45,7 +50,7 @@ async def test_kill_9_of_an_engine_under_load() -> None:
         here.assert_idle()
 
 
-def environment(engines: list[EngineProcess], **more: str) -> dict[str, str]:
+def environment(engines: Sequence[Any], **more: str) -> dict[str, str]:
     data: list[dict[str, Any]] = [
         {
             "provider": "fleet",
@@ -107,6 +112,61 @@ async def test_sigterm_under_load_cuts_nothing_and_refuses_nobody(tmp_path: Path
             assert {(line["status"], line["outcome"]) for line in running.lines} == {(200, "ok")}
             assert len(running.lines) == len(outcomes)
             await balancer.close()
+
+
+def rss_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_five_hundred_clients_that_never_read(tmp_path: Path) -> None:
+    """S4: each takes at most 0.6 MiB of the gateway's memory, and its upstream is no longer read."""
+    count = 500
+    sent = [0] * count
+    number = iter(range(count))
+    piece = framed(event("x" * 16_000))
+
+    async def script(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        own = next(number)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
+        writer.write(SSE_HEAD)
+        while not writer.transport.is_closing():  # without an end, if it were read
+            writer.write(piece)
+            await writer.drain()
+            sent[own] += len(piece)
+
+    async with Scripted(script) as upstream, serve(tmp_path, **environment([upstream])) as running:
+        pid = running.process.pid
+        sockets = []
+        try:
+            for _ in range(count):
+                client = socket.socket()
+                sockets.append(client)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(client, ("127.0.0.1", running.port))
+                if len(sockets) == 1:
+                    before = rss_bytes(pid)
+                body = json.dumps(chat(stream=True)).encode()
+                head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+                head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                await loop.sock_sendall(client, head.encode() + body)
+            await until(lambda: all(sent), within_s=30, what="every stream to have begun")
+            last: list[int] = []
+            for _ in range(60):
+                await asyncio.sleep(0.25)
+                if sent == last:
+                    break
+                last = list(sent)
+            assert sent == last, "the upstreams are still read"
+            assert max(sent) < 2 * 1024 * 1024, "the kernel holds more of what nobody reads than it was allowed"
+            assert rss_bytes(pid) - before <= count * 0.6 * 1024 * 1024
+        finally:
+            for client in sockets:
+                client.close()
 
 
 @pytest.mark.slow
