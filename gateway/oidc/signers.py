@@ -130,8 +130,9 @@ class Signers:
                 self.version += 1
                 _log.info("%d keys of %s are known", len(self.all), self._issuer)
             trouble = ""
-        except (GatewayError, ValueError) as error:
-            trouble = f"the keys of {self._issuer} cannot be fetched: {error}"
+        except Exception as error:  # whatever it is: it must end neither the following nor the requests that wait
+            known = isinstance(error, GatewayError | ValueError)
+            trouble = f"the keys of {self._issuer} cannot be fetched: {error if known else type(error).__name__}"
         finally:
             self._running = None
         if trouble and trouble != self.trouble:

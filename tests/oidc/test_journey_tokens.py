@@ -23,8 +23,9 @@ from gateway.doctor import Finding, examine
 from gateway.limits.spec import Limit
 from gateway.oidc import signers as signers_module
 from gateway.oidc.grants import Grant
+from gateway.oidc.issuer import Issuer
 from gateway.sim import SimServer
-from tests.journeys.stage import CHAT, Answer, Gateway, chat, gateway, provider
+from tests.journeys.stage import CHAT, Answer, Gateway, chat, gateway, provider, until
 from tests.oidc.issuer import AUDIENCE, EC, ED, RSA, TestIssuer
 
 
@@ -263,6 +264,26 @@ async def test_the_issuer_goes_away_and_its_keys_stay(issuer: TestIssuer, caplog
         await signers.look()
         assert signers.trouble == ""
     assert "those fetched before stay" in caplog.text
+
+
+async def test_a_fault_while_fetching_ends_nothing() -> None:
+    answers = [RuntimeError("a fault"), json.dumps({"keys": [EC.as_dict(private=False)]}).encode()]
+
+    async def fetch(url: str) -> bytes:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    where = "https://id.example.org/keys"
+    issuer = Issuer(url="https://id.example.org", audience=(AUDIENCE,), jwks_url=where)
+    signers = signers_module.Signers(fetch, issuer, again_s=0.01)
+    signers.start()
+    await until(lambda: signers.trouble, what="the fault")
+    assert signers.trouble == "the keys of https://id.example.org cannot be fetched: RuntimeError"
+    await until(lambda: signers.all, what="fetched again")
+    assert signers.trouble == ""
+    await signers.stop()
 
 
 async def test_an_issuer_that_was_never_there_is_no_fault_of_the_client(issuer: TestIssuer) -> None:
