@@ -211,6 +211,8 @@ def lmetric(candidates: Sequence[T], ask: Ask) -> Choice[T]:
 _WARM: Final = 0.8
 #: what makes estimates of a few hundredths of a second nearly equal, so that streams decide where decoding bounds
 _FLOOR_S: Final = 0.25
+#: costs up to this many times the least are equal
+_EQUAL: Final = 1.02
 #: of those who wait for a first token, how many will wait for this prompt, too
 _BEHIND: Final = 0.4
 
@@ -256,15 +258,24 @@ def sticky(candidates: Sequence[T], ask: Ask) -> Choice[T]:
     """
     estimates = _estimates(candidates, ask)
     behind = _BEHIND * sum(one.waiting for one in estimates) / len(estimates)
-
-    def cost(one: _Estimate[T]) -> tuple[float, float]:
-        upstream = one.candidate.upstream
-        streams = upstream.load.streams / upstream.weight
-        all_s = one.ttft_s + behind * one.compute_s + _FLOOR_S
-        return all_s * sqrt(streams + 1), upstream.load.served / upstream.weight
-
-    best = min(estimates, key=cost)
+    costs = [
+        (one.ttft_s + behind * one.compute_s + _FLOOR_S)
+        * sqrt(one.candidate.upstream.load.streams / one.candidate.upstream.weight + 1)
+        for one in estimates
+    ]
+    least = min(costs)
+    first = estimates[costs.index(least)]
+    # Learned rates differ by chance: of hosts as good as each other, and as warm, the one that waited longest.
+    equal = [
+        one for one, cost in zip(estimates, costs, strict=True) if cost <= least * _EQUAL and one.cached >= first.cached
+    ]
+    best = first if len(equal) == 1 else min(equal, key=_turn)
     return best.choice(_reason(best, estimates, ask))
+
+
+def _turn(one: _Estimate[Any]) -> tuple[float, float]:
+    load: Load = one.candidate.upstream.load
+    return load.chosen_at, load.served / one.candidate.upstream.weight
 
 
 def _reason(best: _Estimate[T], estimates: Sequence[_Estimate[T]], ask: Ask) -> str:

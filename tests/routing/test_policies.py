@@ -269,3 +269,16 @@ def test_the_rule_of_sglang() -> None:
     choice = POLICIES["sglang"](engines, ask(1, 1000))
     assert (choice.candidate is home, choice.reason) == (False, "least")
     lease.release()
+
+
+def test_one_after_the_other_they_spread_although_rates_differ_by_chance() -> None:
+    engines = fleet(4, rates=[5000.0, 5020.0, 4990.0, 5010.0])
+    counts = Counter[str]()
+    for n in range(40):
+        choice, lease = send(engines, POLICIES[DEFAULT], ask(n + 1, 3000, now=10.0 * n))
+        counts[choice.candidate.name] += 1
+        lease.began(10.0 * n + choice.uncached / 5000)
+        lease.release()
+    assert set(counts.values()) == {10}
+    warm = POLICIES[DEFAULT](engines, ask(40, 3000, now=500.0))  # of those as good as each other only one is warm
+    assert warm.reason == "warm"
