@@ -249,17 +249,21 @@ class Shipper:
             await self._ship(source)
 
     async def _ship(self, source: _Source) -> None:
-        """Everything the journal holds now."""
+        """Everything the journal holds now; what is posted meanwhile waits for the next round, and is more by then."""
         store = self._store
         tallies = self._journal.tallies
         assert store is not None
         assert tallies is not None
         own = source is self._own
+        goal = tallies.end
+        sent = False
         while True:
             if source.mark < 0:
                 mark = await store.call("HGET", marks_key(store), source.folder.name, timeout_s=CALL_S)
                 self._stands_at(source, int(mark or 0))
             if own and source.read >= tallies.start:
+                if sent and source.read >= goal:
+                    return
                 tally = tallies.first()
                 if tally is None:
                     source.read = self._journal.position  # what follows the last record are marks
@@ -268,6 +272,7 @@ class Shipper:
                 if await self._send(source, tally.totals, tally.payloads, tally.end):
                     tallies.shipped(tally)
                     source.read = tally.end
+                    sent = True
                 continue
             until = tallies.start if own else None
             batch = await asyncio.to_thread(read_batch, source.folder, source.read, until=until)

@@ -66,6 +66,11 @@ class Tallies:
     def start(self) -> int:
         return self._closed[0].start if self._closed else self._open.start
 
+    @property
+    def end(self) -> int:
+        """Behind the last record."""
+        return self._open.end
+
     def post(self, record: Record, payload: bytes, end: int) -> None:
         one = self._open
         one.post(record, payload, end)
