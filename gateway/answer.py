@@ -25,7 +25,10 @@ _FIXED: Final = b"Server: llm-gateway\r\nX-Content-Type-Options: nosniff\r\nCach
 
 
 class _Date:
-    """The Date of answers that are our own (RFC 9110 section 6.6.1); the line is made once a second."""
+    """The Date of answers that have none: our own, and those of runtimes that say none (RFC 9110 section 6.6.1).
+
+    The line is made once a second.
+    """
 
     __slots__ = ("_line", "_second")
 
@@ -41,7 +44,7 @@ class _Date:
         return self._line
 
 
-_date_line: Final = _Date().line
+date_line: Final = _Date().line
 
 #: Where a request keeps its Exchange.
 EXCHANGE: Final = web.RequestKey("exchange", Exchange)
@@ -105,7 +108,7 @@ def send(
         lines += exchange.headers
     head = b"%b%b%bContent-Type: %b\r\n%b%bContent-Length: %d\r\n\r\n" % (
         status_line(status),
-        _date_line(),
+        date_line(),
         _FIXED,
         content_type.encode(),
         lines,
@@ -153,7 +156,7 @@ def send_comment(request: web.BaseRequest, exchange: Exchange, text: bytes = b"w
         exchange.head_sent = True
         line = b"%b%b%bContent-Type: text/event-stream; charset=utf-8\r\nX-Request-Id: %b\r\n%b%b%b\r\n%b" % (
             status_line(200),
-            _date_line(),
+            date_line(),
             _FIXED,
             exchange.id.encode(),
             exchange.headers,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, cast
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from gateway.answer import SENT_CLOSE, SENT_KEEP, connection_line, status_line
+from gateway.answer import SENT_CLOSE, SENT_KEEP, connection_line, date_line, status_line
 from gateway.continuation.meter import Stopped
 from gateway.errors import UpstreamBroken, UpstreamError, UpstreamInterrupted, render_event
 from gateway.exchange import Exchange
@@ -41,7 +41,7 @@ def relay_whole(
     """Send a complete reply: one write. Raises only while nothing has been sent. None, and nothing is sent, for a
     stream that broke off: that is `relay`'s.
     """
-    fields = reply.head.client_lines()  # raises UpstreamBroken for what must not pass
+    fields = _fields(reply)
     _take_status(exchange, reply)
     data = reply.body()
     if not reply.streaming and reply.status < 300:
@@ -100,7 +100,7 @@ async def relay(
 
     `kept`: another upstream may go on with this answer.
     """
-    fields = reply.head.client_lines()  # raises UpstreamBroken for what must not pass
+    fields = _fields(reply)
     meter: Meter = new_meter(reply.head.content_type, strip_usage)
     exchange.meter = meter
     _take_status(exchange, reply)
@@ -241,6 +241,12 @@ def _note_error(exchange: Exchange, meter: Meter) -> None:
 
 def _keep_alive(request: web.BaseRequest) -> bool:
     return bool(request.keep_alive)
+
+
+def _fields(reply: Reply) -> bytes:
+    """The header lines of the upstream's answer for the client. Raises UpstreamBroken for what must not pass."""
+    lines = reply.head.client_lines()
+    return lines if reply.head.dated else lines + date_line()
 
 
 def _head(

@@ -21,7 +21,10 @@ class ResponseHead:
     Shared between answers: never changed. `content_length` is None where the framing is chunked or until close.
     """
 
-    __slots__ = ("_lines", "chunked", "content_length", "content_type", "headers", "lines", "status", "streaming")
+    __slots__ = (
+        *("_lines", "chunked", "content_length", "content_type", "dated", "headers", "lines", "status"),
+        "streaming",
+    )
 
     def __init__(self, block: bytes, status: int) -> None:
         """Read the status line and header lines in `block`, which a strict parser has accepted.
@@ -35,6 +38,7 @@ class ResponseHead:
         self.streaming = False
         self.lines = False  # streaming NDJSON, not SSE
         self.chunked = False
+        self.dated = False
         self._lines: bytes | None = None
         for line in block.split(b"\r\n")[1:]:
             name, _, value = line.partition(b":")
@@ -47,6 +51,8 @@ class ResponseHead:
                 self.lines = self.streaming and value[:1] in b"aA"
             elif lower == b"content-length":
                 self.content_length = int(value)
+            elif lower == b"date":
+                self.dated = True
             elif lower == b"transfer-encoding":
                 if self.chunked or value.lower() != b"chunked":
                     raise ValueError("it used a transfer coding that was not asked for")

@@ -23,6 +23,7 @@ from tests.journeys.stage import (
     Gateway,
     Scripted,
     chat,
+    event,
     gateway,
     provider,
     until,
@@ -501,6 +502,21 @@ async def test_our_own_answers_have_a_date(here: Gateway, method: str, path: str
     assert before <= parsedate_to_datetime(date).timestamp() <= time.time()
 
 
+@pytest.mark.parametrize("date", ["", "Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n"])
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+async def test_a_relayed_answer_has_one_date_the_upstreams_if_it_says_one(date: str, kind: str) -> None:
+    body = b"{}" if kind == "application/json" else event("a") + b"data: [DONE]\n\n"
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n{date}Content-Length: {len(body)}\r\n\r\n"
+    async with Scripted(answer=head.encode() + body) as upstream, gateway(provider("one", upstream.url)) as here:
+        answer = await here.ask("POST", CHAT, chat(stream=kind != "application/json"))
+        told = answer.header("Date")
+        assert told is not None
+        if date:
+            assert f"Date: {told}\r\n" == date
+        else:
+            assert abs(parsedate_to_datetime(told).timestamp() - time.time()) < 60
+
+
 async def test_bytes_that_are_no_request_get_a_dated_answer(here: Gateway) -> None:
     async with here.connect() as client:
         client.writer.write(b"what is this\r\n\r\n")
@@ -546,7 +562,7 @@ async def test_response_headers() -> None:
     assert sorted(names) == sorted(
         [
             "content-type", "content-length", "x-content-type-options", "cache-control", "x-request-id",
-            "retry-after", "x-custom", "openai-processing-ms", "x-gateway-upstream", "x-gateway-route-reason",
+            "retry-after", "x-custom", "openai-processing-ms", "x-gateway-upstream", "x-gateway-route-reason", "date",
         ]
     )  # fmt: skip
     assert "CANARY" not in str(answer.headers)
