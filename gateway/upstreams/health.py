@@ -66,7 +66,7 @@ class Prober:
         #: what was last told of each: others may probe in between, and their finding must be told too
         self._told: dict[Upstream, tuple[HealthStatus, tuple[str, ...]]] = {}
         self._unanswered: dict[Upstream, int] = {}
-        #: found unreachable from here: what others find is no news of them
+        #: in doubt, or found unreachable from here: what others find is no news of them
         self._unreached: set[Upstream] = set()
         #: told of each probe of ours, whatever it found
         self.on_finding: Callable[[Upstream], None] | None = None
@@ -91,6 +91,7 @@ class Prober:
 
     def doubt(self, upstream: Upstream) -> None:
         """A request found it gone, or so it seems: probe it now."""
+        self._unreached.add(upstream)  # another's finding may be from before
         soon = max(self._clock(), upstream.health.checked_at + DOUBT_S)
         if soon < self._next_at.get(upstream, 0.0):
             self._next_at[upstream] = soon

@@ -174,3 +174,30 @@ async def test_stop_leaves_nothing_behind() -> None:
 def test_intervals_must_make_sense() -> None:
     with pytest.raises(ValueError, match="above 0"):
         Prober(cast(Control, Findings()), list, lambda _: None, interval_s=0)
+
+
+async def test_what_is_in_doubt_here_is_believed_well_only_by_a_probe_of_ours() -> None:
+    """Another gateway's finding may be from before the death that a request has just met."""
+    scene = Scene("one")
+    await scene.probed_at(0.0)
+    (one,) = scene.upstreams
+    one.breaker.failed(1.0, 5, gone=True)
+    scene.now = 1.0
+    scene.prober.doubt(one)
+    assert not scene.prober.adopt(one, Health("ok", "", 0.001, 1.0))
+    assert one.breaker.state == "open"
+    assert await scene.probed_at(1.3) == ["one"]
+    assert one.breaker.state == "closed"
+    assert scene.prober.adopt(one, Health("unreachable", "refused", None, 2.0, gone=True))
+    assert one.breaker.state == "open"
+
+
+async def test_what_another_probes_is_not_probed_here_until_its_news_stay_away() -> None:
+    scene = Scene("one")
+    await scene.probed_at(0.0)
+    (one,) = scene.upstreams
+    for second in (5.0, 15.0, 25.0):
+        scene.now = second
+        assert scene.prober.adopt(one, Health("ok", "", 0.001, second))
+        assert await scene.probed_at(second + 9.0) == []
+    assert await scene.probed_at(25.0 + 15.0 + 1.6) == ["one"]
