@@ -10,9 +10,10 @@ from tests.fleet.rig import Outcome, unique
 
 from .stand import KEY, Clients, Stand, milliseconds, stand
 
-#: two engines with eight places each; a request holds one for about 0.25 s: 64 requests a second in all
+#: two engines with eight places each; a request holds one for 0.2 s and as long again for its 1 to 31 tokens: 40
+#: requests a second in all. Of one length they would end in step, and all who wait would wait for the next step.
 _SLOTS = 8
-_CAPACITY = 64.0
+_CAPACITY = 40.0
 _SHARE = _CAPACITY / 2
 
 
@@ -45,7 +46,7 @@ async def _offer(here: Stand, key: str, rate: float, seconds: float, seed: int) 
     arrivals, at = [], 0.0
     while at < seconds:
         at += dice.expovariate(rate)
-        arrivals.append((at, unique(dice, 10, stream=True, max_tokens=5)))
+        arrivals.append((at, unique(dice, 10, stream=True, max_tokens=dice.randint(1, 31))))
     clients = Clients(here, KEY + key)
     outcomes = await clients.at(arrivals)
     clients.close()
