@@ -120,6 +120,7 @@ class Spoken:
         if text is None or self._text_bytes > TEXT_BYTES:
             self.plain = False
             self._text.clear()
+            self._splitter = SseSplitter()  # it may hold much of an event
 
     def _read_alike(self, data: bytes) -> bytes | None:
         """The text of events that differ in nothing else; None if these do."""
@@ -165,6 +166,8 @@ class Spoken:
                 return None
             if not self._take(chunk, texts):
                 return None
+        if self._splitter.held_bytes > AT_ONCE_BYTES:
+            return None
         self._learn(event)
         return "".join(texts).encode()
 

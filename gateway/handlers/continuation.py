@@ -118,11 +118,12 @@ class Continuation:
                 error = UpstreamInterrupted(f"provider {provider!r} failed in the middle of its answer: {meter.error}")
                 error.rest = rest
                 raise error
-            keep(data)
-            unread_bytes += len(data)
-            if unread_bytes >= UNREAD_BYTES:
-                unread_bytes = 0
-                spoken.read()
+            if data:
+                keep(data)
+                unread_bytes += len(data)
+                if unread_bytes >= UNREAD_BYTES:
+                    unread_bytes = 0
+                    spoken.read()
             return data
 
         return feed

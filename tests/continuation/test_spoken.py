@@ -156,6 +156,15 @@ def test_a_giant_event_is_not_read() -> None:
     assert (found.plain, found.text) == (False, "")
 
 
+def test_a_giant_event_in_pieces_is_not_held() -> None:
+    found = Spoken()
+    one = chunk({"content": "x" * 2 * AT_ONCE_BYTES})
+    for at in range(0, len(one), 60_000):
+        found.unread.append(one[at : at + 60_000])
+        found.read()
+    assert (found.plain, found._splitter.held_bytes) == (False, 0)
+
+
 def test_blanks_at_the_end_are_counted() -> None:
     found = spoken(*(chunk({"content": text}) for text in ("a:", "\n", "\n", "  ")))
     assert (found.tokens, found.blanks) == (4, 3)
