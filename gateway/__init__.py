@@ -26,7 +26,7 @@ Rooms
     routing         decisions about a fleet: who may be asked, who is asked, what a failure means: pure
     upstreams       one upstream address (load, health); transport: prompts and answers; control: probes, management
     handlers        resolve, dispatch, relay, and a file for each API surface
-    sim             the simulated engine: tests, demonstration, benchmarks
+    sim             the simulated engine: tests, demonstration, benchmarks; `sim replay` compares policies on a trace
     middleware/     (beside this package) the order is in its `stack`
 
 Imports go downwards; tests/test_imports.py holds the table and fails on a breach. `wire`, `errors`, `exchange`,

@@ -281,6 +281,7 @@ class Dispatch:
         if not others or exchange.attempts >= self._dispatcher.attempts or not self._dispatcher.budget.take(now):
             return None
         kept = self._lease, self._plan.strip_usage, exchange.route_reason
+        foretold = exchange.ttft_predicted_s, exchange.believed_cached
         offer = self._choose(others, now)
         assert self._lease is not None
         lease = self._lease
@@ -288,6 +289,7 @@ class Dispatch:
         head = request_head(self._plan, offer, exchange.id, len(body))
         strip_usage = self._plan.strip_usage
         self._lease, self._plan.strip_usage, exchange.route_reason = kept
+        exchange.ttft_predicted_s, exchange.believed_cached = foretold
         exchange.attempts += 1
         self._dispatcher.retries += 1
         task = asyncio.create_task(self._transport.send(offer.upstream, head, body), name="hedged attempt")
