@@ -57,7 +57,7 @@ def _by_opening(reply: Reply, offer: Offer) -> UpstreamError | None:
     said = reply.opening
     provider = offer.upstream.provider
     if said is None:
-        if reply.complete and reply.body():
+        if reply.complete:
             return UpstreamBroken(
                 f"provider {provider!r} ended its stream before the answer was finished", code="upstream_incomplete"
             )

@@ -34,6 +34,7 @@ BEFORE = {
     "half of the first content": (framed(ROLE + event("lost")[:-5]), "broken"),
     "an error": (framed(ERROR + DONE) + LAST_CHUNK, "stream_error"),
     "an error after the role": (framed(ROLE) + framed(ERROR + DONE) + LAST_CHUNK, "stream_error"),
+    "an end at once": (LAST_CHUNK, "incomplete"),
     "an end": (framed(ROLE) + LAST_CHUNK, "incomplete"),
 }
 
