@@ -13,17 +13,22 @@ with half a fleet to itself, beside flood through the fair queue, and beside flo
 from __future__ import annotations
 
 import argparse
+import asyncio
 import heapq
 import math
 import random
 import statistics
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from time import monotonic
 
 from gateway.handlers.gate import CREDIT_S, RESERVE_PART, TICK_S
 from gateway.routing.fair import FairQueue, Turn
+from gateway.sim import SimServer
 from gateway.sim.engine import Engine, Request
+from tests.journeys.stage import CHAT, Client, Gateway, gateway, provider
 
 FLOOD_SHARES = 10.0
 
@@ -124,22 +129,40 @@ class Fleet:
         one.charged = one.made
 
 
-def arrivals(tenant: str, rate: float, until_s: float, dice: random.Random, number: Iterator[int]) -> Iterator[Asked]:
-    """Poisson, with prompts of 200 to 2,000 tokens and answers of 20 to 400."""
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is asked: prompts and answers of any length within these bounds, in tokens."""
+
+    prompt: tuple[int, int] = (200, 2000)
+    output: tuple[int, int] = (20, 400)
+
+
+def arrivals(
+    tenant: str, rate: float, until_s: float, dice: random.Random, number: Iterator[int], load: Load
+) -> Iterator[Asked]:
+    """A Poisson process."""
     at = dice.expovariate(rate)
     while at < until_s:
-        yield Asked(tenant, at, dice.randrange(200, 2000), dice.randrange(20, 400), next(number))
+        yield Asked(tenant, at, dice.randrange(*load.prompt), dice.randrange(*load.output), next(number))
         at += dice.expovariate(rate)
 
 
 def run(
-    engines: int, room: int, rates: dict[str, float], seconds: float, seed: int, *, fair: bool = True, reserve: int = 0
+    args: argparse.Namespace,
+    engines: int,
+    rates: dict[str, float],
+    seed: int,
+    *,
+    fair: bool = True,
+    reserve: int = 0,
 ) -> list[Asked]:
-    """All that was answered within `seconds` of virtual time."""
+    """All that was answered within the time, which is virtual."""
+    room, seconds = args.room, args.seconds
+    load = Load(args.prompt, args.output)
     fleet = Fleet([Engine(speed=1.0) for _ in range(engines)], room, fair, reserve)
     number = iter(range(10**9))
     coming = heapq.merge(
-        *(arrivals(name, rate, seconds, random.Random(f"{seed}{name}"), number) for name, rate in rates.items()),
+        *(arrivals(name, rate, seconds, random.Random(f"{seed}{name}"), number, load) for name, rate in rates.items()),
         key=lambda one: one.at,
     )
     following = next(coming, None)
@@ -168,32 +191,101 @@ def waits(found: list[Asked], tenant: str, after_s: float) -> list[float]:
 
 
 def virtual(args: argparse.Namespace) -> None:
-    engines, room, seconds = args.engines, args.room, args.seconds
-    after_s = seconds / 6
-    capacity = len(run(engines, room, {"flood": 1000.0}, seconds / 2, 0)) / (seconds / 2)
+    after_s = args.seconds / 6
+    capacity = len(run(args, args.engines, {"flood": 1000.0}, 0)) / args.seconds
     share = capacity / 2
     rate = args.load * share
     both = {"light": rate, "flood": FLOOD_SHARES * share}
-    print(f"{engines} engines of {room}: {capacity:.1f} requests/s at most; light sends {rate:.1f}/s")
+    print(f"{args.engines} engines of {args.room}: {capacity:.1f} requests/s at most; light sends {rate:.1f}/s")
     print("light's time to first token, p90 (p50), in seconds, and all requests served a second")
     print(f"{'seed':>4}  {'alone':<15}{'half the fleet':<16}{'beside flood':<15}{'ratio':<7}{'FIFO':<18}served/s")
     ratios = []
     for seed in range(args.seeds):
-        alone = waits(run(engines, room, {"light": rate}, seconds, seed), "light", after_s)
-        half = waits(run(engines // 2, room, {"light": rate}, seconds, seed), "light", after_s)
-        found = run(engines, room, both, seconds, seed, reserve=args.reserve)
+        alone = waits(run(args, args.engines, {"light": rate}, seed), "light", after_s)
+        half = waits(run(args, args.engines // 2, {"light": rate}, seed), "light", after_s)
+        found = run(args, args.engines, both, seed, reserve=args.reserve)
         fair = waits(found, "light", after_s)
-        fifo = waits(run(engines, room, both, seconds, seed, fair=False), "light", after_s)
+        fifo = waits(run(args, args.engines, both, seed, fair=False), "light", after_s)
         ratios.append(p(90, fair) / p(90, alone))
         print(
             f"{seed:>4}  {told(alone):<15}{told(half):<16}{told(fair):<15}{ratios[-1]:<7.2f}{told(fifo):<18}"
-            f"{len(found) / seconds:.1f}"
+            f"{len(found) / args.seconds:.1f}"
         )
     print(f"p90 beside flood / p90 alone: {statistics.mean(ratios):.2f} (mean of {args.seeds} seeds)")
 
 
 def told(found: list[float]) -> str:
     return f"{p(90, found):.3f} ({p(50, found):.3f})" if len(found) > 1 else "never"
+
+
+async def over_sockets(args: argparse.Namespace) -> None:
+    """The same with the gateway itself before engines of one process, in real time; `--room` and `--engines` as given."""
+    load = Load(args.prompt, args.output)
+    async with AsyncExitStack() as stack:
+        sims = [await stack.enter_async_context(SimServer(engine=Engine(speed=1.0))) for _ in range(args.engines)]
+        fleet = provider("fleet", *[sim.url for sim in sims], max_in_flight=args.room)
+        keyed: dict[str, dict[str, object]] = {"light": {}, "flood": {}}
+        here = await stack.enter_async_context(
+            gateway(fleet, keyed=keyed, queue_reserve=args.reserve, queue_max=5000, queue_s=args.seconds)
+        )
+        full = await sent(here, {"flood": 1000.0}, args.seconds, load, 0, most=args.room * args.engines * 2)
+        capacity = len(full["flood"]) / args.seconds
+        share = capacity / 2
+        print(f"{args.engines} engines of {args.room}: {capacity:.1f} requests/s at most")
+        alone = (await sent(here, {"light": args.load * share}, args.seconds, load, 1))["light"]
+        both = {"light": args.load * share, "flood": FLOOD_SHARES * share}
+        fair = (await sent(here, both, args.seconds, load, 1, most=4000))["light"]
+        print(f"light alone {told(alone)}, beside flood {told(fair)}: ratio {p(90, fair) / p(90, alone):.2f}")
+
+
+async def sent(
+    here: Gateway, rates: dict[str, float], seconds: float, load: Load, seed: int, most: int = 10_000
+) -> dict[str, list[float]]:
+    """Times to first token of what was answered in time, by tenant; what runs at the end is dropped."""
+    found: dict[str, list[float]] = {name: [] for name in rates}
+    seats = {name: asyncio.Semaphore(most) for name in rates}
+    number = iter(range(10**9))
+    async with asyncio.TaskGroup() as tasks:
+        running: list[asyncio.Task[None]] = []
+        began_at = monotonic()
+
+        async def one(asked: Asked) -> None:
+            async with seats[asked.tenant]:
+                at = began_at + asked.at if len(rates) > 1 or asked.tenant == "light" else monotonic()
+                client = await Client.open(here.port, here.keys[asked.tenant])
+                try:
+                    words = f"{asked.number} " + "word " * asked.prompt
+                    body = {"model": "sim", "messages": [{"role": "user", "content": words}], "stream": True}
+                    client.send("POST", CHAT, {**body, "max_tokens": asked.output})
+                    async with asyncio.timeout(2 * seconds):
+                        await client.reader.readuntil(b'"content":"')
+                        first_at = monotonic()
+                        await client.reader.readuntil(b"[DONE]")
+                    found[asked.tenant].append(first_at - at)
+                finally:
+                    client.abort()
+
+        coming = heapq.merge(
+            *(
+                arrivals(name, rate, seconds, random.Random(f"{seed}{name}"), number, load)
+                for name, rate in rates.items()
+            ),
+            key=lambda asked: asked.at,
+        )
+        for asked in coming:
+            late_s = began_at + asked.at - monotonic()
+            if late_s > 0:
+                await asyncio.sleep(late_s)
+            running.append(tasks.create_task(one(asked)))
+        await asyncio.sleep(max(0.0, began_at + seconds - monotonic()))
+        for task in running:
+            task.cancel()
+    return found
+
+
+def bounds(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    return int(low), int(high)
 
 
 def main() -> None:
@@ -204,8 +296,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--load", type=float, default=0.9)
     parser.add_argument("--reserve", type=int, default=4)
+    parser.add_argument("--prompt", type=bounds, default=(200, 2000), metavar="LOW-HIGH", help="tokens")
+    parser.add_argument("--output", type=bounds, default=(20, 400), metavar="LOW-HIGH", help="tokens")
+    parser.add_argument("--sockets", action="store_true")
     args = parser.parse_args()
-    virtual(args)
+    if args.sockets:
+        asyncio.run(over_sockets(args))
+    else:
+        virtual(args)
 
 
 if __name__ == "__main__":
