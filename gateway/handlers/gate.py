@@ -92,7 +92,8 @@ class Gate:
     def room(self, ready: Sequence[Offer]) -> Sequence[Offer]:
         """Those of `ready` that take one more now, and for which nobody waits; `ready` itself if they all do."""
         for offer in ready:
-            if not self._open(offer.upstream):
+            upstream = offer.upstream
+            if upstream.on_room is not None or not upstream.has_room():
                 return [one for one in ready if self._open(one.upstream)]
         return ready
 
