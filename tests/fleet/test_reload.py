@@ -219,13 +219,13 @@ async def test_a_file_is_not_believed_while_it_is_being_written(
     async with stage(tmp_path, entry("fleet", one.url)) as here:
         whole = json.dumps([entry("fleet", one.url), entry("second", two.url)])
         with here.file.open("w") as file:
-            for at in range(0, len(whole), 16):
-                file.write(whole[at : at + 16])
+            for at in range(0, len(whole), 5):
+                file.write(whole[at : at + 5])
                 file.flush()
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(0.04)
         await here.became("applied")
         assert here.names == ["fleet", "second"]
-        assert here.results["refused"] <= 1  # a busy machine may let it rest in the middle
+        assert here.results["refused"] <= 2  # of ten looks; a busy machine may let it rest in the middle
 
 
 async def test_a_link_that_is_swapped_is_followed(sims: tuple[SimServer, SimServer], tmp_path: Path) -> None:
