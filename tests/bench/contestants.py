@@ -94,6 +94,15 @@ def _gateway_full(place: Place) -> Plan:
     return Plan(_module("gateway", "serve"), environment)
 
 
+def _gateway_fleet(place: Place) -> Plan:
+    """As `gateway`, with eight upstreams to choose from: the mock at eight addresses of this machine."""
+    plan = _gateway(place)
+    (provider,) = json.loads(plan.environment["OPENAI_COMPATIBLE_DATA"])
+    del provider["baseUrl"]
+    provider["baseUrls"] = [f"http://{host}:{place.upstream_port}/v1" for host in machine.LOOPBACK]
+    return Plan(plan.command, {**plan.environment, "OPENAI_COMPATIBLE_DATA": json.dumps([provider])})
+
+
 _NGINX = """\
 {user}worker_processes 1;
 worker_rlimit_nofile 20000;
@@ -148,12 +157,15 @@ PLANS: dict[str, Callable[[Place], Plan]] = {
     "nginx": _nginx,
     "gateway": _gateway,
     "gateway-full": _gateway_full,
+    "gateway-fleet": _gateway_fleet,
 }
+#: taking part only when named
+NAMED = ("gateway-fleet",)
 
 
 def available() -> list[str]:
     """The contestants this machine can run, in the order of the table."""
-    return [name for name in PLANS if name != "nginx" or shutil.which("nginx")]
+    return [name for name in PLANS if name not in NAMED and (name != "nginx" or shutil.which("nginx"))]
 
 
 def add_command(name: str, command: str) -> None:

@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+#: addresses of the mock runtime, each a host of its own to who asks it; Linux answers to all of 127.0.0.0/8
+LOOPBACK = [f"127.0.0.{number}" for number in range(1, 9)]
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _PR_SET_PDEATHSIG = 1

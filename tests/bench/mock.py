@@ -15,7 +15,7 @@ from functools import lru_cache
 import httptools
 import uvloop
 
-from . import answers
+from . import answers, machine
 
 _JSON = b"application/json"
 _STREAM_HEAD = (
@@ -185,7 +185,7 @@ class Runtime(asyncio.BufferedProtocol):
 
 
 async def _serve(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Runtime, "127.0.0.1", port, backlog=4096)
+    server = await asyncio.get_running_loop().create_server(Runtime, machine.LOOPBACK, port, backlog=4096)
     await server.serve_forever()
 
 
