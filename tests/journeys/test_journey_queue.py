@@ -418,3 +418,63 @@ async def _began(client: Client) -> bool:
     except TimeoutError:
         return False
     return True
+
+
+async def test_llamacpp_is_asked_for_its_slots_and_gets_no_more_than_those() -> None:
+    most: dict[str, int] = {}
+    async with (
+        SimServer(engine=Engine(speed=60.0, max_sequences=3), runtime="llamacpp") as sim,
+        gateway(provider("one", sim.url, runtime="llamacpp")) as here,
+    ):
+        (upstream,) = here.app.catalog.upstreams
+        assert upstream.limit == 3
+        watching = asyncio.create_task(_watch(here, most))
+        answers = await asyncio.gather(*(ask(here, "client", max_tokens=8) for _ in range(20)))
+        watching.cancel()
+        assert {answer.status for answer in answers} == {200}
+        assert most == {"one": 3}
+        assert sum(one.queued_s > 0 for one in await here.settled(20)) == 17
+        assert_idle(here)
+
+
+async def test_a_limit_that_is_raised_lets_those_in_who_wait(sim: SimServer) -> None:
+    async with crowded(sim) as here:
+        holder = await occupied(here, sim)
+        task = asyncio.create_task(ask(here, "client"))
+        await until(lambda: depth(here) == 1)
+        here.app.catalog.upstreams[0].max_in_flight = 2
+        assert (await task).status == 200
+        holder.abort()
+
+
+async def test_an_engine_that_dies_while_others_wait_for_it_leaves_them_to_the_rest() -> None:
+    """The waits for a pool go on with what is left of it, and what ran on the dead one is tried again."""
+    async with (
+        SimServer(engine=Engine(speed=20.0)) as one,
+        SimServer(engine=Engine(speed=20.0)) as two,
+        gateway(provider("fleet", one.url, two.url, max_in_flight=2)) as here,
+    ):
+        tasks = [asyncio.create_task(ask(here, "client", max_tokens=40)) for _ in range(12)]
+        await until(lambda: depth(here) == 8)
+        one.kill()
+        answers = await asyncio.gather(*tasks)
+        assert {answer.status for answer in answers} == {200}
+        await here.settled(12)
+        assert_idle(here)
+
+
+async def test_a_running_answer_is_charged_while_it_is_made(sim: SimServer) -> None:
+    async with crowded(sim, 2, keys={"a": {}, "b": {}}) as here:
+        holder = await occupied(here, sim)
+        talker = await Client.open(here.port, here.keys["a"])
+        talker.send("POST", CHAT, chat(stream=True, max_tokens=5000, sim={"token_s": 0.01}))
+        await talker.head()
+        tasks = await queued(here, "ab")
+        gate = here.app.gate
+        await until(lambda: max(gate._charged.values(), default=0.0) > 150, what="its tokens charged")
+        holder.abort()
+        await asyncio.gather(*tasks)
+        assert order(here) == "ba", "a came first, and has used more"
+        talker.abort()
+        await here.settled(4)
+        assert_idle(here)
