@@ -151,8 +151,8 @@ class Dispatch:
         asks for its rest. `able`: the offers that understand such a request.
 
         Counts as one of the request's attempts; no part of the retry budget, for it gives no engine work that another
-        still has. The same upstream may be asked where no other can be. Raises `UpstreamError` if it fails, too, or
-        NoCapacity if nobody is left.
+        still has. The same upstream is asked where no other can be and it may be back (`Rule.again`). Raises
+        `UpstreamError` if it fails, too, or NoCapacity if nobody is left.
         """
         self._note(broken.outcome, monotonic())
         self._leave(broken.outcome)
@@ -162,7 +162,7 @@ class Dispatch:
             raise NoCapacity("no further attempt may be made for this request")
         self._able = able
         ready = self._ready(monotonic())
-        if not ready:  # it may be back: an engine's process is started again, or one of several behind an address died
+        if not ready and RULES.get(broken.outcome, UNKNOWN).again == "anywhere":
             self._tried, self._tier = (), 0
             ready = self._ready(monotonic())
         if not ready:

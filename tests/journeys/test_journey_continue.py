@@ -286,6 +286,22 @@ async def test_an_engine_that_falls_silent_is_left() -> None:
         gate.assert_idle()
 
 
+async def test_no_request_is_sent_more_often_than_configured() -> None:
+    """R6: engines that break off each time."""
+    async with fleet("vllm", "vllm", "vllm", "vllm") as (gate, sims):
+        for sim in sims:
+            sim.faults = {"cut_at_token": 2}
+        assert_error(await gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS)))
+        assert gate.record.attempts == sum(map(posts, sims)) == 3
+
+
+async def test_the_only_engine_that_fell_silent_is_not_waited_for_again() -> None:
+    async with SimServer() as sim, gateway(provider("p0", sim.url, timeouts=timeouts(idle_s=0.3))) as gate:
+        sim.faults = {"stall_at_token": 4}
+        assert_error(await gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS)), "upstream_idle_timeout")
+        assert posts(sim) == 1
+
+
 async def test_the_only_engine_goes_on_if_it_is_back() -> None:
     async with fleet("vllm") as (gate, (sim,)):
         body = asked(CHAT, max_tokens=TOKENS)
@@ -345,13 +361,13 @@ async def test_nobody_left_to_go_on() -> None:
         answer = await gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS))
         error = assert_error(answer, "upstream_stream_error")
         assert "EngineCore encountered an issue" in error["message"]
-        assert error["usage"]["completion_tokens"] == 9
+        assert error["usage"]["completion_tokens"] == 6
         assert text_of_events(answer.events[:-1])
         record = gate.record
-        assert (record.outcome, record.continued, record.attempts) == ("partial", 2, 3)
-        assert record.completion_tokens == 9
+        assert (record.outcome, record.continued, record.attempts) == ("partial", 1, 2)
+        assert record.completion_tokens == 6
         text = await gate.scrape()
-        assert 'gateway_streams_continued_total{outcome="joined"} 2.0' in text
+        assert 'gateway_streams_continued_total{outcome="joined"} 1.0' in text
         assert 'gateway_streams_continued_total{outcome="failed"} 1.0' in text
 
 
