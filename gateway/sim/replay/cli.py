@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep", type=_factors, default=study.SWEEP, metavar="F,F", help="rates for the knee, as factors; 0 for none"
     )
     parser.add_argument(
-        "--sweep-requests", type=int, default=2000, metavar="N", help="requests for each of these rates"
+        "--sweep-requests", type=int, default=1500, metavar="N", help="requests for each of these rates"
     )
     parser.add_argument(
         "--bucket", type=float, default=BUCKET_S, metavar="SECONDS", help="arrivals are spread over this"

@@ -117,7 +117,7 @@ def compare(
     policies: Sequence[str],
     *,
     factors: Sequence[float] = SWEEP,
-    sweep_requests: int = 2000,
+    sweep_requests: int = 1500,
     limit_s: float | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The figures of each policy, one after the other; `loads` is the load once for each seed."""
