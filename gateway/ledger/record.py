@@ -121,7 +121,7 @@ def _rounded(seconds: float) -> float:
 class Recent:
     """The newest records, oldest first; what falls out at the far end is gone."""
 
-    def __init__(self, size: int = 10_000) -> None:
+    def __init__(self, size: int = 100) -> None:
         self._records: deque[Record] = deque(maxlen=size)
         self.post = self._records.append
 

@@ -110,9 +110,6 @@ class Batch(NamedTuple):
     end: int
     read: int
 
-    def totals(self) -> Totals:
-        return of(self.records)
-
 
 def marks_key(store: Store) -> str:
     return store.key("usage", "marks")
@@ -269,7 +266,7 @@ class Shipper:
                     source.read = self._journal.position  # what follows the last record are marks
                     tallies.restart(source.read)
                     return
-                if await self._send(source, tally.totals, tally.payloads, tally.end):
+                if await self._send(source, tally.totals, tally.count, tally.deflated, tally.end):
                     tallies.shipped(tally)
                     source.read = tally.end
                     sent = True
@@ -283,13 +280,14 @@ class Shipper:
                 continue
             if source.adopted is not None:
                 batch = await self._unknown(batch)
-            if await self._send(source, batch.totals(), batch.payloads, batch.end):
+            deflated = zlib.compress(b"\n".join(batch.payloads), 1)
+            if await self._send(source, of(batch.records), len(batch.payloads), deflated, batch.end):
                 source.read = batch.read
 
-    async def _send(self, source: _Source, totals: Totals, payloads: Sequence[bytes], end: int) -> bool:
+    async def _send(self, source: _Source, totals: Totals, count: int, deflated: bytes, end: int) -> bool:
         """Move the mark to `end` with what lies before it; False if it is not where we thought, and so nothing was."""
         assert self._store is not None
-        keys, args = shipment(self._store, source.folder.name, source.mark, end, totals, payloads)
+        keys, args = shipment(self._store, source.folder.name, source.mark, end, totals, count, deflated)
         try:
             mark = int(await self._store.run(SHIP, keys, args, timeout_s=CALL_S))
         except StoreAway:
@@ -298,7 +296,7 @@ class Shipper:
         if mark != end:
             self._stands_at(source, mark)
             return False
-        self.shipped += len(payloads)
+        self.shipped += count
         source.mark = mark
         return True
 
@@ -414,9 +412,11 @@ def read_batch(folder: Path, after: int, limit: int = BATCH, *, until: int | Non
 
 
 def shipment(
-    store: Store, journal: str, mark: int, end: int, hours: Totals, payloads: Sequence[bytes]
+    store: Store, journal: str, mark: int, end: int, hours: Totals, count: int, deflated: bytes
 ) -> tuple[list[str], list[str | bytes | int]]:
-    """Keys and arguments of SHIP."""
+    """Keys and arguments of SHIP. `deflated`: `count` records, one a line; much the same again and again, they become a
+    twentieth in less time than the store would take to copy the rest.
+    """
     keys = [marks_key(store), records_key(store), kept_key(store)]
     first = len(keys)
     indexes: dict[str, int] = {}
@@ -434,9 +434,8 @@ def shipment(
             if amount:
                 field = labels + name
                 increments += (hour, field, amount, day, field, amount)
-    head: list[str | bytes | int] = [journal, mark, end, STREAM_MAX, HOURS_KEPT_S, hours_count, len(payloads)]
-    # Much the same again and again: twenty times smaller, for less time than the store takes to copy the rest.
-    return [*keys, *indexes], [*head, zlib.compress(b"\n".join(payloads), 1), *increments]
+    head: list[str | bytes | int] = [journal, mark, end, STREAM_MAX, HOURS_KEPT_S, hours_count, count]
+    return [*keys, *indexes], [*head, deflated, *increments]
 
 
 def sums_of(at: int, fields: Sequence[bytes]) -> dict[Place, Sums]:

@@ -7,6 +7,7 @@ records that were read; where memory for them ends (the store is away), they are
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from typing import Final
 
@@ -19,36 +20,71 @@ PLACES_MAX: Final = 256
 PAYLOAD_MAX_BYTES: Final = 512 * 1024
 #: full tallies kept for a store that does not take them
 KEPT: Final = 64
+#: of records that wait to be deflated together: as they come, so that their memory is soon used again
+DEFLATE_BYTES: Final = 16 * 1024
 
 
 class Tally:
-    """The sums of the records in the journal behind the position `start`, up to and with `end`, and the records."""
+    """The sums of the `count` records in the journal behind the position `start`, up to and with `end`, and the records
+    themselves, deflated.
+    """
 
-    __slots__ = ("end", "payload_bytes", "payloads", "start", "totals")
+    __slots__ = (
+        "_deflate",
+        "_deflated",
+        "_payloads",
+        "_waiting_bytes",
+        "count",
+        "end",
+        "payload_bytes",
+        "start",
+        "totals",
+    )
 
     def __init__(self, start: int) -> None:
         self.start = self.end = start
+        self.count = 0
         self.totals: Totals = {}
-        self.payloads: list[bytes] = []
-        self.payload_bytes = 0
+        self.payload_bytes = 0  # before they were deflated
+        self._payloads: list[bytes] = []
+        self._waiting_bytes = 0
+        self._deflate = zlib.compressobj(1)
+        self._deflated: list[bytes] = []
 
     def post(self, record: Record, payload: bytes, end: int) -> None:
         """Count a record, which lies in the journal as `payload` and ends at the position `end`."""
         add(self.totals, record)
-        self.payloads.append(payload)
-        self.payload_bytes += len(payload)
+        self.count += 1
+        self._payloads.append(payload)
+        self._waiting_bytes += len(payload)
+        if self._waiting_bytes >= DEFLATE_BYTES:
+            self._take_in()
         self.end = end
+
+    def _take_in(self) -> None:
+        payloads, self._payloads = self._payloads, []
+        if self.payload_bytes:
+            payloads.insert(0, b"")  # a line end between those before and these
+        self.payload_bytes += self._waiting_bytes
+        self._waiting_bytes = 0
+        self._deflated.append(self._deflate.compress(b"\n".join(payloads)))
+
+    def close(self) -> None:
+        """Nothing is posted any more."""
+        self._take_in()
+        self._deflated.append(self._deflate.flush())
+
+    @property
+    def deflated(self) -> bytes:
+        """The records, one a line, of a tally that is closed."""
+        return b"".join(self._deflated)
 
     @property
     def full(self) -> bool:
-        return (
-            len(self.payloads) >= RECORDS_MAX
-            or self.payload_bytes >= PAYLOAD_MAX_BYTES
-            or len(self.totals) >= PLACES_MAX
-        )
+        return self.count >= RECORDS_MAX or self.payload_bytes >= PAYLOAD_MAX_BYTES or len(self.totals) >= PLACES_MAX
 
     def __repr__(self) -> str:
-        return f"<Tally {self.start}..{self.end} {len(self.payloads)} records, {len(self.totals)} places>"
+        return f"<Tally {self.start}..{self.end} {self.count} records, {len(self.totals)} places>"
 
 
 class Tallies:
@@ -82,7 +118,7 @@ class Tallies:
     def first(self) -> Tally | None:
         """The oldest, to which nothing is added any more; None if there is no record in any."""
         if not self._closed:
-            if not self._open.payloads:
+            if not self._open.count:
                 return None
             self._close()
         return self._closed[0]
@@ -105,5 +141,6 @@ class Tallies:
         self._open = Tally(position)
 
     def _close(self) -> None:
+        self._open.close()
         self._closed.append(self._open)
         self._open = Tally(self._open.end)

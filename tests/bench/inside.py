@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import statistics
 import tempfile
 import time
@@ -60,7 +61,11 @@ class Nowhere(asyncio.Transport):
     abort = close
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return ("127.0.0.1", 50000) if name == "peername" else default
+        return {"peername": ("127.0.0.1", 50000), "socket": self}.get(name, default)
+
+    family = socket.AF_UNIX  # as a socket: nothing to set
+
+    def setsockopt(self, *options: Any) -> None: ...
 
     def get_write_buffer_size(self) -> int:
         return 0

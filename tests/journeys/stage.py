@@ -22,7 +22,7 @@ from typing import Any
 from gateway.app import App
 from gateway.config import Config, Listen, Model, Provider, Secret
 from gateway.identity.keys import KeyRing
-from gateway.ledger.record import Record
+from gateway.ledger.record import Recent, Record
 from gateway.log import RequestLog
 from gateway.server import Listeners
 from gateway.upstreams.upstream import Timeouts
@@ -160,6 +160,7 @@ async def gateway(
     ring = KeyRing(config.data_dir, b"p" * 32, kept)
     with tempfile.TemporaryFile() as log:
         app = App(config, ring)
+        app.recent = Recent(10_000)
         if app.log is not None:
             app.log = RequestLog(log.fileno())
         listeners = Listeners(app)
