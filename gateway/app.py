@@ -116,6 +116,8 @@ class App:
         self._revise_queue(config)
         self.metrics.queue = self.gate.series
         self.comments = Comments(config.comment_s)
+        self.continuations = Continuations(config.continue_streams, self.comments)
+        self.metrics.continued = self.continuations.counts
         self.dispatcher = Dispatcher(
             self.transport,
             self.journal.open if self.journal is not None else None,
@@ -130,8 +132,6 @@ class App:
         )
         self.metrics.retries = lambda: self.dispatcher.retries
         self.metrics.attempt_failures = self.dispatcher.failures
-        self.continuations = Continuations(config.continue_streams)
-        self.metrics.continued = self.continuations.counts
         self.metrics.journal = self.journal
         self.shipper = (
             Shipper(self.journal, self.store, keep_bytes=config.ledger_keep_bytes) if self.journal is not None else None

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from aiohttp import web
+
 from gateway.catalog import Offer
 from gateway.continuation.joint import Joint, ending
 from gateway.continuation.meter import JoinedMeter
@@ -19,6 +21,7 @@ from gateway.continuation.spoken import UNREAD_BYTES, Spoken, before_error, to_t
 from gateway.errors import GatewayError, UpstreamError, UpstreamGivenUp, UpstreamInterrupted
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import Plan
+from gateway.handlers.waiting import Comments
 from gateway.upstreams.reply import Reply
 from gateway.wire.opening import reported
 from gateway.wire.usage import Meter, SseMeter
@@ -46,8 +49,9 @@ class Continuations:
     answer was no plain text; "failed", nobody could go on.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool = True, comments: Comments | None = None) -> None:
         self.enabled = enabled
+        self.comments = comments or Comments(0)
         self.counts = {"joined": 0, "completed": 0, "unfit": 0, "failed": 0}
 
     def begin(self, exchange: Exchange, plan: Plan, dispatch: Dispatch, reply: Reply) -> Continuation | None:
@@ -70,6 +74,7 @@ class Continuation:
 
     __slots__ = (
         "_chat",
+        "_comments",
         "_counts",
         "_default",
         "_dispatch",
@@ -88,6 +93,7 @@ class Continuation:
     ) -> None:
         runtime = dispatch.offer.upstream.runtime
         self._counts = whole.counts
+        self._comments = whole.comments
         self._exchange = exchange
         self._plan = plan
         self._dispatch = dispatch
@@ -128,7 +134,7 @@ class Continuation:
 
         return feed
 
-    async def go_on(self, broken: UpstreamError, meter: Meter) -> Resumed | bytes | None:
+    async def go_on(self, request: web.BaseRequest, broken: UpstreamError, meter: Meter) -> Resumed | bytes | None:
         """After `broken`: the reply to go on with, or the last bytes of an answer that lacked nothing but its end.
 
         None if this is the end, and `reason` says why.
@@ -161,12 +167,17 @@ class Continuation:
             self._ended("unfit", broken)
             return None
         first_byte_at = self._exchange.first_byte_at
+        self._exchange.head_sent = True
+        commented = self._comments.begin(request, self._exchange, self._plan)  # the new engine reads all of it first
         try:
             reply = await self._dispatch.another(asked, broken, self._can)
         except GatewayError as error:
             self.reason = error.message
             self._ended("failed", broken)
             return None
+        finally:
+            if commented:
+                self._comments.end(self._exchange)
         if reply.status != 200 or not _events(reply):
             self.reason = f"{self._exchange.upstream} answered {reply.status} to being asked for the rest"
             self._ended("failed", broken)

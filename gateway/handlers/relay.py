@@ -178,7 +178,7 @@ async def relay(
                 return SENT_CLOSE
             if isinstance(broken, UpstreamInterrupted):
                 send(broken.rest)
-            resumed = None if kept is None else await kept.go_on(broken, meter)
+            resumed = None if kept is None else await kept.go_on(request, broken, meter)
             if resumed is None:
                 if kept is not None and kept.reason:
                     broken.message += f"; nobody else could go on: {kept.reason}"

@@ -406,6 +406,21 @@ async def test_the_journal_has_one_record_of_it(tmp_path: Path) -> None:
         assert Counter(one.request_id for one in ends).most_common(1)[0][1] == 1
 
 
+async def test_comments_fill_the_gap() -> None:
+    """Nothing on the way takes the stream for dead while the second engine reads the prompt."""
+    async with (
+        SimServer() as one,
+        SimServer(faults={"first_token_s": 0.7}) as slow,
+        gateway(provider("p0", one.url), provider("p1", slow.url), comment_s=0.2) as gate,
+    ):
+        answer = await broken_once(gate, one, at("cut", 4), CHAT, asked(CHAT, max_tokens=TOKENS))
+        assert_seamless(answer)
+        after = answer.body.partition(b": waiting\n\n")[2]
+        assert answer.body.index(b": waiting") > answer.body.index(b"content")
+        assert after.count(b"data: ") == TOKENS - 4 + 1
+        assert gate.record.continued == 1
+
+
 async def test_switched_off() -> None:
     async with fleet("vllm", "vllm", continue_streams=False) as (gate, sims):
         assert_error(await broken_once(gate, sims[0], at("cut", 5), CHAT, asked(CHAT, max_tokens=TOKENS)))
