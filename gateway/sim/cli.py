@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_argument("--slots", type=int, default=256, help="sequences that an engine works on at a time")
     serve.add_argument("--start-delay", type=float, default=0.0, metavar="SECONDS", help="what a start takes")
     serve.add_argument("--metrics-lag", type=float, default=0.0, metavar="SECONDS", help="how old /metrics is")
-    serve.add_argument("--control", type=int, metavar="PORT", help="the door to break the fleet by (see sim/control)")
+    serve.add_argument("--control", type=int, metavar="PORT", help="POST /sim/kill, /sim/revive, /sim/faults there")
     serve.add_argument(
         "--fault", action="append", default=[], metavar="KEY=VALUE", help="e.g. cut_at_token=5; may be repeated"
     )
