@@ -105,6 +105,7 @@ class App:
         )
         hosts = self.store if config.redis_url and config.store == "auto" else None  # the embedded one has no others
         self.keys = KeyBook(keys, Shared(hosts) if hosts is not None else None)
+        self.transport.on_silent = self.prober.hasten
         self.draining = False
         self.ready_asked_at: float | None = None  # when somebody last asked whether to send requests here
         self.drains = Drains(self.catalog, self.store)

@@ -21,6 +21,8 @@ UNANSWERED: Final = 2
 LOST: Final = 3
 #: what another gateway found takes up to this to come here
 FOLLOW_S: Final = 1.5
+#: one that is silent under load is probed this often
+HASTE_S: Final = 2.0
 #: an upstream in doubt is probed at once, but no sooner than this after the probe before
 DOUBT_S: Final = 0.2
 
@@ -95,6 +97,13 @@ class Prober:
         soon = max(self._clock(), upstream.health.checked_at + DOUBT_S)
         if soon < self._next_at.get(upstream, 0.0):
             self._next_at[upstream] = soon
+            self._doubt.set()
+
+    def hasten(self, upstream: Upstream) -> None:
+        """It says nothing though it has requests: probe it soon. A long prompt may be all there is to it."""
+        now = self._clock()
+        if now - upstream.health.checked_at >= HASTE_S and now < self._next_at.get(upstream, 0.0) < float("inf"):
+            self._next_at[upstream] = now
             self._doubt.set()
 
     def now(self) -> float:

@@ -15,6 +15,7 @@ import asyncio
 import os
 import ssl
 from collections import deque
+from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
@@ -25,6 +26,8 @@ from gateway.upstreams.upstream import Upstream
 from gateway.wire.head import HeadCache
 
 SWEEP_S: Final = 0.05
+#: an upstream that has requests and has not said a byte for so long may be gone without a word
+SILENT_S: Final = 1.0
 
 
 class Pool:
@@ -139,6 +142,8 @@ class Transport:
         self._timer: asyncio.TimerHandle | None = None
         self._tls = tls
         self._closed = False
+        #: told of an upstream that is silent, as long as it is
+        self.on_silent: Callable[[Upstream], None] | None = None
 
     async def send(self, upstream: Upstream, head: bytes, body: bytes) -> Reply:
         """Send one request (`head` ends with its empty line) and wait until the client could be answered.
@@ -229,10 +234,19 @@ class Transport:
         now = monotonic()
         gone = []
         for pool in self._pools.values():
+            silent = heard = False
             for connection in list(pool.active):
                 reply = connection.reply
-                if reply is not None and (name := reply.overdue(now)):
+                if reply is None:
+                    continue
+                if name := reply.overdue(now):
                     connection.expire(reply, name)
+                elif reply.received:
+                    heard = heard or now - reply.moved_at < SILENT_S
+                else:
+                    silent = silent or now - reply.sent_at > SILENT_S
+            if silent and not heard and self.on_silent is not None:
+                self.on_silent(pool.upstream)
             idle = pool.idle
             retired = pool.upstream.retired
             while idle and (retired or now - idle[0].idle_at >= pool.idle_s):

@@ -201,3 +201,18 @@ async def test_what_another_probes_is_not_probed_here_until_its_news_stay_away()
         assert scene.prober.adopt(one, Health("ok", "", 0.001, second))
         assert await scene.probed_at(second + 9.0) == []
     assert await scene.probed_at(25.0 + 15.0 + 1.6) == ["one"]
+
+
+async def test_a_silent_one_is_probed_sooner_and_not_all_the_time() -> None:
+    scene = Scene("one")
+    await scene.probed_at(0.0)
+    (one,) = scene.upstreams
+    one.health = Health("ok", "", 0.001, 0.0)
+    probed = []
+    for tenth in range(1, 51):
+        scene.now = tenth / 10
+        scene.prober.hasten(one)
+        if await scene.probed_at(scene.now):
+            probed.append(scene.now)
+            one.health = Health("ok", "", 0.001, scene.now)
+    assert probed == [2.0, 4.0]

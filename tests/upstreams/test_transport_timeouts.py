@@ -226,3 +226,19 @@ async def test_closing_the_transport_ends_every_exchange() -> None:
             assert transport.counts(one) == (0, 0)
         await asyncio.sleep(0.02)
         assert server.open == 0
+
+
+async def test_an_upstream_that_says_nothing_is_told_of() -> None:
+    silent: list[str] = []
+    async with Scripted(["hang"]) as server, client() as transport:
+        transport.on_silent = lambda one: silent.append(one.name)
+        task = asyncio.create_task(transport.send(server.upstream(), head(), BODY))
+        await asyncio.sleep(0.5)
+        assert not silent
+        await asyncio.sleep(1.5)
+        assert silent
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        silent.clear()
+        await asyncio.sleep(0.3)
+        assert not silent, "nobody waits for it"
