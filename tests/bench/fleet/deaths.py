@@ -93,7 +93,7 @@ def _way(record: dict[str, Any] | None) -> str:
     return " ".join(one["outcome"] for one in record["attempts_made"]) if record else "unknown"
 
 
-async def black_hole(rate: float = 150.0, seconds: float = 12.0, seed: int = 1) -> dict[str, Any]:
+async def black_hole(rate: float = 150.0, seconds: float = 8.0, seed: int = 1) -> dict[str, Any]:
     """R5: one engine of eight takes connections and says nothing. What the requests on the others feel of it."""
     found: dict[str, Any] = {}
     for name in ("all well", "one silent"):
@@ -109,7 +109,7 @@ async def black_hole(rate: float = 150.0, seconds: float = 12.0, seed: int = 1) 
                 at += dice.expovariate(rate)
                 arrivals.append((at, unique(dice, max_tokens=1)))
             waiting = asyncio.create_task(clients.at(arrivals))
-            await asyncio.wait({waiting}, timeout=seconds + 5)
+            await asyncio.wait({waiting}, timeout=seconds + 0.5)
             if not waiting.done():  # those in the hole wait for their timeout: a revival's reset ends them
                 await here.control("/kill?engine=3")
             outcomes = await waiting
@@ -124,7 +124,7 @@ async def black_hole(rate: float = 150.0, seconds: float = 12.0, seed: int = 1) 
             other = [one for one in outcomes if one.kind == "done" and elsewhere(one)]
             found[name] = {
                 **milliseconds([one.took_s for one in other]),
-                "in_the_hole": len(outcomes) - len(other),
+                "on_the_third_or_tried_twice": len(outcomes) - len(other),
                 "failed": sum(one.kind != "done" for one in outcomes),
             }
             clients.close()
