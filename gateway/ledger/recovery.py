@@ -7,6 +7,7 @@ written behind the journal, so that it is then like any other: read or shipped, 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -200,8 +201,9 @@ class Adopted:
             os.close(lock_fd)
 
     def remove(self) -> None:
-        """Everything in it is elsewhere."""
-        shutil.rmtree(self.folder)
+        """Everything in it is elsewhere. May be called again."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
         self.release()
 
 

@@ -75,7 +75,7 @@ def parse_time(text: str, now: datetime) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What is asked for: rows by these names, over [since, until) in Unix seconds, `since` at the start of an hour."""
+    """What is asked for: rows by these names, over [since, until) in Unix seconds; whole hours, but for the one now."""
 
     by: tuple[str, ...]
     since: int
@@ -89,8 +89,16 @@ class Window:
         end = parse_time(until, now) if until else int(now.timestamp()) + 1
         if begin >= end:
             raise BadQuery("the time ends before it begins")
-        if "hour" in names and begin < int(now.timestamp()) - HOURS_KEPT_S:
+        # Sums are by hour, and of long ago by day: what is asked for begins and ends where they do.
+        hours_since = int(now.timestamp()) - HOURS_KEPT_S
+        if until:
+            end = -(-end // HOUR_S) * HOUR_S
+        if "hour" in names and begin < hours_since:
             raise BadQuery(f"hours are kept for {HOURS_KEPT_S // DAY_S} days; ask by day")
+        if begin < hours_since:
+            begin = begin // DAY_S * DAY_S
+        if end < hours_since:
+            end = -(-end // DAY_S) * DAY_S
         if end - begin > _LONGEST_S:
             raise BadQuery("ask for ten years or less")
         return cls(names, begin, end)
@@ -111,12 +119,16 @@ async def usage(root: Path, store: Store | None, window: Window, *, key: str | N
     folds = await asyncio.to_thread(folded.read, root)
     found = folds.totals(window.since, window.until)
     marks: Mapping[str, int] = {}
+    gone: set[str] = set()
     if store is not None:
         hours, days = hours_and_days(window.since, window.until, by_hour="hour" in window.by)
         busy = {int(record.at) // size * size for _, _, record in local for size in (HOUR_S, DAY_S)}
         marks = await _sums(store, hours, days, busy, found)
+        # A journal that was removed since it was read is in the store, and its mark went with it.
+        unmarked = {journal for journal, _, _ in local} - marks.keys()
+        gone = {journal for journal in unmarked if not (root / journal).exists()}
     for journal, position, record in local:
-        if position > max(marks.get(journal, 0), folds.marks.get(journal, 0)):
+        if journal not in gone and position > max(marks.get(journal, 0), folds.marks.get(journal, 0)):
             add(found, record)
     if key is not None:
         found = {place: sums for place, sums in found.items() if place.key == key}

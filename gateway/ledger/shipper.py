@@ -69,7 +69,11 @@ SHIP: Final = Script(
 local mark = redis.call('HGET', KEYS[1], ARGV[1]) or '0'
 if mark ~= ARGV[2] then return mark end
 for at = 9, #ARGV, 3 do
-  redis.call('HINCRBY', KEYS[tonumber(ARGV[at])], ARGV[at + 1], ARGV[at + 2])
+  -- An error would end the script with half of the sums counted and the mark behind them: they would be counted again.
+  local done = redis.pcall('HINCRBY', KEYS[tonumber(ARGV[at])], ARGV[at + 1], ARGV[at + 2])
+  if type(done) == 'table' and not (string.find(done.err, 'overflow') or string.find(done.err, 'range')) then
+    return done
+  end
 end
 for i = 4, 3 + tonumber(ARGV[6]) do redis.call('EXPIRE', KEYS[i], ARGV[5]) end
 if ARGV[7] ~= '0' then
@@ -204,12 +208,18 @@ class Shipper:
                 await asyncio.to_thread(self._fold)
         if self._store is None or not self._store.up:
             return
-        if self._journal.position != self._own.read:
+        if self._own.mark < 0 or self._journal.position != self._own.read:
             await self._ship(self._own)
         await self._truncate(self._own)
         for source in list(self._adopted):
-            await self._ship(source)
-            if await self._remove(source):
+            assert source.adopted is not None
+            try:
+                await self._ship(source)
+                if await self._remove(source):
+                    self._adopted.remove(source)
+            except OSError as error:  # the others must not wait until its files can be read
+                _log.error("the journal %s cannot be shipped now: %s", source.folder.name, error)
+                source.adopted.release()  # and is adopted again
                 self._adopted.remove(source)
 
     def _fold(self) -> None:

@@ -17,6 +17,7 @@ from msgspec.json import Decoder
 UNREADABLE = (DecodeError, UnicodeDecodeError, RecursionError)
 
 ERROR_CHARS = 500  # of an upstream's error text that is kept
+TOKENS_MAX = 10**9  # no prompt and no answer is longer
 
 T = TypeVar("T")
 
@@ -173,8 +174,17 @@ def _usage(c: _Counters) -> Usage | None:
         prompt, completion, cached, more = c.prompt_eval_count or 0, c.eval_count or 0, 0, None
     else:
         return None
-    reasoning = (more and more.reasoning_tokens) or 0
-    return Usage(max(prompt, 0), max(completion, 0), max(cached, 0), max(reasoning, 0))
+    return _plausible(prompt, completion, cached, (more and more.reasoning_tokens) or 0)
+
+
+def _plausible(prompt: int, completion: int, cached: int, reasoning: int) -> Usage | None:
+    """None where no answer can have used so much: such a report is as good as none. Of a prompt no more than all of it
+    was cached, or its cost would be less than nothing.
+    """
+    prompt, completion = max(prompt, 0), max(completion, 0)
+    if prompt > TOKENS_MAX or completion > TOKENS_MAX:
+        return None
+    return Usage(prompt, completion, min(max(cached, 0), prompt), min(max(reasoning, 0), completion))
 
 
 def _lenient_counters(value: bytes | memoryview) -> _Counters | None:
@@ -245,7 +255,7 @@ def read(document: bytes | memoryview) -> Report | None:
             timings = _decoded(_timings, found.timings)
             if timings is not None:
                 one_of = "timings"
-                usage = Usage(timings.prompt_n + timings.cache_n, timings.predicted_n, timings.cache_n)
+                usage = _plausible(timings.prompt_n + timings.cache_n, timings.predicted_n, timings.cache_n, 0)
     inner = found.response if found.response is not UNSET else found.message
     error = None if found.error is UNSET else _error_text(memoryview(found.error))
     if inner is not UNSET and bytes(memoryview(inner)[:1]) == b"{":

@@ -37,6 +37,12 @@ from gateway.wire.usage import Usage, usage_from_json
         (b'{"prompt_tokens":7,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":"x"}}', Usage(7, 3)),
         (b'{"prompt_tokens":-7,"completion_tokens":3}', Usage(0, 3)),
         (b'{"prompt_tokens":1e400,"completion_tokens":3}', None),
+        # what cannot be: more than anybody can use, and more in the cache than there is
+        (b'{"prompt_tokens":9,"completion_tokens":100000000000000000000}', None),
+        (b'{"prompt_tokens":1000000001,"completion_tokens":3}', None),
+        (b'{"prompt_tokens":9,"completion_tokens":3,"prompt_tokens_details":{"cached_tokens":4000}}', Usage(9, 3, 9)),
+        (b'{"prompt_tokens":9,"completion_tokens":3,"completion_tokens_details":{"reasoning_tokens":4000}}',
+         Usage(9, 3, 0, 3)),
         (b"null", None),
         (b"[]", None),
         (b"{}", None),
@@ -49,6 +55,13 @@ from gateway.wire.usage import Usage, usage_from_json
 def test_usage_from_json(document: bytes, expected: Usage | None) -> None:
     assert usage_from_json(document) == expected
     assert usage_from_json(memoryview(document)) == expected
+
+
+def test_timings_that_cannot_be() -> None:
+    for timings in (b'{"prompt_n":1,"predicted_n":10000000000}', b'{"prompt_n":5,"predicted_n":1,"cache_n":-9}'):
+        report = read(b'{"choices":[{"finish_reason":"stop","delta":{}}],"timings":' + timings + b"}")
+        assert report is not None
+        assert report.usage is None or min(report.usage.prompt, report.usage.cached) == 0
 
 
 def test_usage_is_compared_and_shown() -> None:
