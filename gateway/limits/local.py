@@ -167,10 +167,12 @@ Needs = Sequence[tuple[Bucket, int]]
 
 
 def need_of(bucket: Bucket, prompt: int, completion: int, cost: float | None) -> int:
-    """What a request must find. More than the whole bucket passes when it is full, and is charged afterwards."""
+    """What a request must find. More than the whole bucket passes when it is full, and is charged afterwards: a level
+    is never taken so far down that a charge's bound (`debt`) would lift it.
+    """
     amount = used_of(bucket, prompt, completion, cost)
     if bucket.kind == BUDGET:
-        return max(1, amount or 0)
+        return max(1, min(amount or 0, bucket.rules.burst))
     return bucket.unit if amount is None else min(amount, bucket.rules.burst)
 
 

@@ -158,19 +158,20 @@ class Shared:
             for bucket, amount in ask.needs:
                 largest[bucket.key] = max(largest.get(bucket.key, 0), amount)
         args: list[Any] = [self._process, int(LOAN_S * 1e6)]
+        self.calls += 1
         for bucket in buckets.values():
             need = asked = largest.get(bucket.key, 0)
             if asked:
                 bucket.need = asked
             elif lend and now - bucket.used_at < IDLE_S:
                 need = bucket.need  # it is in use, and only told something else
-            args += _told(bucket, bucket.aim(need, now) if need else 0, now, self.part, keep=not asked)
+            aim = bucket.aim(need, now) if need else 0
+            args += _told(bucket, aim, now, self.part, self.calls, keep=not asked)
         args.append(len(batch))
         for ask in batch:
             args.append(len(ask.needs))
             for bucket, amount in ask.needs:
                 args += (index[bucket.key], amount)
-        self.calls += 1
         try:
             levels, loans, verdicts = await self._store.run(TAKE, list(buckets), args, timeout_s=timeout_s)
         except (StoreAway, StoreError) as error:
@@ -248,8 +249,8 @@ class Shared:
         self._arm()
 
 
-def _told(bucket: Bucket, aim: int, now: float, part: float, *, keep: bool) -> tuple[int, ...]:
-    """What the script is told of a bucket that should have `aim` on loan.
+def _told(bucket: Bucket, aim: int, now: float, part: float, number: int, *, keep: bool) -> tuple[int, ...]:
+    """What the script is told of a bucket that should have `aim` on loan, in this process's call `number`.
 
     `keep`: what is on loan stays here, and requests take from it while the store is asked for more. It is returned, and
     gone from here, where a request asks (what was left may be just what it lacks), where nothing is wanted any more,
@@ -271,7 +272,7 @@ def _told(bucket: Bucket, aim: int, now: float, part: float, *, keep: bool) -> t
     bucket.low = 0
     if not bucket.sent and bucket.owed:
         bucket.sent, bucket.owed = bucket.owed, 0
-        bucket.seq += 1
+        bucket.seq = number  # grows also where the bucket was forgotten here, and not in the store
     return (
         *(rules.burst, rules.rate, rules.debt, bucket.kind, held, bucket.seq, bucket.sent, bucket.ceiling),
         *(max(0, aim - bucket.loan), int(bucket.observe), bucket.life_ms, int(keep)),

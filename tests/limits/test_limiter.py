@@ -304,6 +304,42 @@ async def test_a_budget_on_a_store_is_passed_by_one_request_at_most(store_server
         assert 0.98 <= spent <= 1.03
 
 
+async def test_a_giant_estimate_does_not_renew_a_budget(store_server: Server) -> None:
+    """While it is reserved, others are charged: the bound of a budget's debt must not lift what is left of it."""
+    who = Principal("b", "b", budget=Budget(1000.0, "currency", "total"))
+    async with gateways(1, store_server) as (limiter,):
+        end(limiter, await begin(limiter, who, cost=1.0), Usage(1, 1), 900.0)  # 100 are left
+        small = await begin(limiter, who, cost=1.0)
+        giant = await begin(limiter, who, cost=1e12)
+        end(limiter, small, Usage(1, 1), 50.0)
+        await asyncio.sleep(2 * redis.TICK_S)
+        end(limiter, giant, Usage(1, 1), 1.0)
+        await asyncio.sleep(2 * redis.TICK_S)
+        last = await begin(limiter, who, cost=1.0)
+        end(limiter, last, Usage(1, 1), 49.0)
+        await asyncio.sleep(2 * redis.TICK_S)
+        with pytest.raises(QuotaExceeded):
+            await begin(limiter, who, cost=1.0)
+
+
+async def test_what_is_owed_of_a_bucket_that_was_forgotten_here_is_charged(store: Store) -> None:
+    limiter = Limiter((tokens(1000),), store)
+
+    async def told() -> None:
+        assert limiter._shared is not None
+        await until(lambda: all(bucket.idle() for bucket in limiter._buckets.values()))
+
+    for _ in range(3):
+        one = await begin(limiter, prompt=10)
+        end(limiter, one, Usage(110, 0))
+        await told()
+        limiter._forget()
+        assert not limiter._buckets
+    level = await store.call("HGET", store.key("limit", "t", "total_tokens", "key", "alice"), "l")
+    assert int(level) // 1_000_000 == 1000 - 3 * 110
+    await limiter.stop()
+
+
 async def test_nothing_owed_is_lost_at_the_end(store: Store) -> None:
     limiter = Limiter((tokens(10_000),), store)
     one = await begin(limiter, prompt=100)
