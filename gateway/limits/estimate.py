@@ -40,7 +40,10 @@ class Estimates:
         if request_bytes and prompt:
             # No byte is more than a token; a runtime that adds a long prompt of its own is not the tokenizer's doing.
             seen = min(prompt / request_bytes, 1.0)
-            self._ratios[model] = max(TOKENS_PER_BYTE, seen, self._ratios.get(model, 0.0) * FADE)
+            if seen > TOKENS_PER_BYTE or model in self._ratios:
+                self._ratios[model] = max(TOKENS_PER_BYTE, seen, self._ratios.get(model, 0.0) * FADE)
+        if output <= OUTPUT_TOKENS and not self._outputs:
+            return  # nobody is known for long answers
         place = (key_id, model)
         known = self._outputs.get(place, 0.0) * FADE
         if output > known:

@@ -119,10 +119,10 @@ class Client(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         run, at = self.run, self.at
-        if not at:
-            run.first.append(time.perf_counter() - self.sent_at)
         if run.expected.startswith(data, at):
             self.at = at + len(data)
+            if at <= run.before_first < self.at:
+                run.first.append(time.perf_counter() - self.sent_at)
             run.received += len(data)
             run.pieces += 1
         else:
@@ -180,6 +180,8 @@ class Run:
         self.started = self.completed = self.received = self.pieces = self.reconnects = 0
         self.errors: Counter[str] = Counter()
         self.sample = ""  # of the first wrong answer
+        #: a stream's first event tells the role: its first token comes behind it
+        self.before_first = len(answers.events(1)[0]) if job.stream else 0
         self.first: list[float] = []
         self.clients: set[Client] = set()
         self.over = False
