@@ -90,8 +90,8 @@ class Drains:
     async def say(self, identity: str, draining: bool, by: str) -> None:
         """Drain an upstream, or take it into service again. It holds here at once, and for the others soon."""
         before = self._words.get(identity)
-        if before is not None and before.draining is draining:
-            return
+        if (before is not None and before.draining) is draining:
+            return  # so a revision's word is one and the same everywhere: they take turns
         revision = 1 if before is None else before.revision + 1
         self._adopt({identity: Word(draining, self._clock(), by, revision)})
         if self._store is not None:
@@ -112,11 +112,13 @@ class Drains:
             old = [one for one, word in words.items() if not word.draining and word.at < self._clock() - FORGET_S]
             if old:
                 await store.call("HDEL", self._key, *old, timeout_s=TIMEOUT_S)
+                words = {identity: word for identity, word in words.items() if identity not in old}
         except StoreAway:
             return
         except (StoreError, ValueError, msgspec.MsgspecError) as error:
             _log.error("%s cannot be used: %s", self._key, type(error).__name__)
             return
+        self._forget(words)
         self._adopt(
             {
                 identity: word
@@ -124,6 +126,16 @@ class Drains:
                 if identity not in self._words or word.revision > self._words[identity].revision
             }
         )
+
+    def _forget(self, words: dict[str, Word]) -> None:
+        """Where the store has no word (or an older one) any more: it is told again, or nobody speaks of it any more."""
+        for identity, word in list(self._words.items()):
+            if identity in words and words[identity].revision >= word.revision:
+                continue
+            if word.draining or word.at >= self._clock() - FORGET_S:
+                self._untold.add(identity)
+            else:  # revisions begin anew
+                del self._words[identity]
 
     def _adopt(self, words: dict[str, Word]) -> None:
         if not words:

@@ -114,8 +114,15 @@ class Findings:
         store = self._store
         try:
             lead = await store.run(LEAD, [self._lease], (self._me, int(LEASE_S * 1000)), timeout_s=TIMEOUT_S)
-            self.leads = bool(lead)
+            begins, self.leads = bool(lead) and not self.leads, bool(lead)
+            gone = self._forget()
             if self.leads:
+                if begins:
+                    told_by_others = await store.call("HKEYS", self._key, timeout_s=TIMEOUT_S)
+                    here = {upstream.identity for upstream in self._upstreams()}
+                    gone |= {identity.decode() for identity in told_by_others} - here
+                if gone:
+                    await store.call("HDEL", self._key, *gone, timeout_s=TIMEOUT_S)
                 told, self._untold = self._untold, {}
                 if told:
                     pairs = [part for identity, one in told.items() for part in (identity, _encode(one))]
@@ -132,6 +139,14 @@ class Findings:
             _log.error("%s cannot be used: %s", self._key, type(error).__name__)
             return
         self._adopt(found)
+
+    def _forget(self) -> set[str]:
+        """The upstreams that are no more, of which nothing is kept: a name may stand for other hosts every minute."""
+        gone = (self._told.keys() | self._seen.keys()) - {upstream.identity for upstream in self._upstreams()}
+        for identity in gone:
+            for kept in (self._told, self._seen, self._untold):
+                kept.pop(identity, None)
+        return gone
 
     def _post(self, upstream: Upstream) -> None:
         """This gateway has probed: for the others, if it leads."""

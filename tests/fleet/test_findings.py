@@ -142,3 +142,26 @@ async def test_what_a_gateway_found_gone_itself_it_believes_back_only_by_itself(
         assert leader.upstream.breaker.state == "closed"
         follower.upstream.netloc = port
         await until(lambda: follower.upstream.breaker.state == "closed", what="back")
+
+
+async def test_nothing_is_kept_of_hosts_that_are_no_more(store: Store) -> None:
+    """A name may stand for other hosts every minute, for months."""
+    hosts = [Upstream(f"host-{number}", "one", RUNTIMES["vllm"], f"http://127.0.0.1:{number}") for number in (1, 2, 3)]
+    async with Control(timeout_s=0.5) as control:
+        prober = Prober(control, lambda: hosts, lambda _: None)
+        first = Findings(prober, lambda: hosts, store)
+        for host in hosts:
+            first._post(host)
+        await first.sync()
+        key = store.key("findings")
+        assert await store.call("HLEN", key) == 3
+        hosts.pop()
+        await first.sync()
+        assert await store.call("HLEN", key) == 2
+        assert set(first._told) == {host.identity for host in hosts}
+        await store.call("DEL", store.key("prober"))  # it is gone, and another leads
+        hosts.pop()
+        second = Findings(prober, lambda: hosts, store)
+        await second.sync()
+        assert second.leads
+        assert await store.call("HKEYS", key) == [hosts[0].identity.encode()]
