@@ -297,6 +297,8 @@ class App:
         if self._lag_timer is not None:
             self._lag_timer.cancel()
         await self.keys.stop()
+        await self.names.stop()
+        await self.drains.stop()
         if self.tokens is not None:
             await self.tokens.signers.stop()
         if self.findings is not None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 
+from gateway.config import Lookup, Secret
 from gateway.fleet.drains import FORGET_S, Drains
 from gateway.store.client import Store
+from tests.journeys.stage import gateway, provider
+from tests.store_fixtures import Server
 
 ONE = "one http://127.0.0.1:1"
 
@@ -64,3 +68,13 @@ async def test_a_store_that_forgot_is_told_again(store: Store) -> None:
         await north.drains.sync()
     await south.drains.sync()
     assert south.drained
+
+
+async def test_nothing_is_followed_any_more_when_the_gateway_has_stopped(valkey_server: Server) -> None:
+    before = asyncio.all_tasks()
+    named = provider("named", lookups=(Lookup("host", "http://localhost:1/v1"),))
+    async with gateway(named, store="auto", redis_url=Secret(valkey_server.url)):
+        names = {task.get_name() for task in asyncio.all_tasks() - before}
+        assert "drains" in names
+        assert any(name.startswith("look-ups of") for name in names)
+    assert {task.get_name() for task in asyncio.all_tasks() - before} == set()
