@@ -1,8 +1,9 @@
 """Continuation: what is kept of a streamed answer that could go on elsewhere, and asking another upstream to do so.
 
-It is decided when a stream begins whether it might be continued; one that cannot costs nothing more. What was relayed
-is kept as text. When the engine fails (its connection breaks, it falls silent, it reports an error, it ends without an
-end), the rest is asked of another, and the relay goes on with that reply.
+It is decided when a stream begins whether it might be continued: by its request, and by whether its pool has another
+engine that could. One that cannot costs nothing more. What was relayed is kept as text. When the engine fails (its
+connection breaks, it falls silent, it reports an error, it ends without an end), the rest is asked of another, and the
+relay goes on with that reply.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Continuations:
         if operation not in ("chat", "completions") or exchange.family != "openai":
             return None
         chat = operation == "chat"
-        if not any(map(_goes_on, dispatch.tier)) or not continuable(plan.body, chat):
+        if not _another(dispatch) or not continuable(plan.body, chat):
             return None
         if reply.opening is not None and reported(reply.opening) is not None:  # the request's own error, and all of it
             return None
@@ -229,6 +230,12 @@ class Continuation:
             f"joined by {exchange.upstream}" if outcome == "joined" else outcome,
             f", {self.reason}" if self.reason else "",
         )
+
+
+def _another(dispatch: Dispatch) -> bool:
+    """Whether the pool has an upstream that could go on with what this one says. One that died is not back so soon."""
+    mine = dispatch.offer.upstream
+    return any(offer.upstream is not mine and _goes_on(offer) for offer in dispatch.tier)
 
 
 def _goes_on(offer: Offer) -> bool:

@@ -295,22 +295,25 @@ async def test_no_request_is_sent_more_often_than_configured() -> None:
         assert gate.record.attempts == sum(map(posts, sims)) == 3
 
 
-async def test_the_only_engine_that_fell_silent_is_not_waited_for_again() -> None:
-    async with SimServer() as sim, gateway(provider("p0", sim.url, timeouts=timeouts(idle_s=0.3))) as gate:
-        sim.faults = {"stall_at_token": 4}
-        assert_error(await gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS)), "upstream_idle_timeout")
-        assert posts(sim) == 1
+async def test_engines_that_fell_silent_are_not_waited_for_again() -> None:
+    async with SimServer() as one, SimServer() as other:
+        providers = [provider(f"p{n}", sim.url, timeouts=timeouts(idle_s=0.3)) for n, sim in enumerate((one, other))]
+        async with gateway(*providers) as gate:
+            one.faults = other.faults = {"stall_at_token": 4}
+            assert_error(await gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS)), "upstream_idle_timeout")
+            assert (posts(one), posts(other)) == (1, 1)
 
 
-async def test_the_only_engine_goes_on_if_it_is_back() -> None:
-    async with fleet("vllm") as (gate, (sim,)):
-        body = asked(CHAT, max_tokens=TOKENS)
-        whole = text_of(await gate.ask("POST", CHAT, body))
-        sim.faults = at("cut", 5)
-        answer = await gate.ask("POST", CHAT, body)
-        assert text_of(answer) == whole
-        assert_seamless(answer)
-        assert gate.record.continued == 1
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "beside one that cannot go on"])
+async def test_of_an_engine_that_nobody_could_follow_nothing_is_kept(others: int) -> None:
+    """It would not be back so soon; and what is kept costs as much as relaying it."""
+    unable = [Model("sim", "sim", continues=False)]
+    async with SimServer() as sim, SimServer() as other:
+        more = [provider("p1", other.url, models=unable)] * others
+        async with gateway(provider("p0", sim.url), *more) as gate:
+            assert_error(await broken_once(gate, sim, at("cut", 5), CHAT, asked(CHAT, max_tokens=TOKENS)))
+            assert (gate.record.continued, gate.record.attempts) == (0, 1)
+            assert not any(gate.app.continuations.counts.values())
 
 
 UNFIT: dict[str, dict[str, Any]] = {
@@ -431,7 +434,12 @@ async def test_an_answer_that_lacked_only_its_end() -> None:
     for lost in (FINISH + USAGE + DONE, USAGE + DONE, DONE):
         said = event(role="assistant") + event("a") + event("b") + FINISH + USAGE + DONE
         cut = said.removesuffix(lost)
-        async with Scripted(answer=SSE_HEAD + framed(cut)) as one, gateway(provider("p0", one.url)) as gate:
+        broken = SSE_HEAD + framed(cut)
+        async with (
+            Scripted(answer=broken) as one,
+            Scripted(answer=broken) as other,
+            gateway(provider("p0", one.url), provider("p1", other.url)) as gate,
+        ):
             body = asked(CHAT, max_tokens=2, stream_options={"include_usage": True})
             answer = await gate.ask("POST", CHAT, body)
             assert answer.body.startswith(cut)
@@ -523,7 +531,11 @@ async def test_a_stop_string_over_the_seam_ends_the_answer_there() -> None:
         else:
             writer.write(SSE_HEAD + framed(event(" ready") + event(" ST")))
 
-    async with Scripted(script) as one, gateway(provider("p0", one.url)) as gate:
+    async with (
+        Scripted(script) as one,
+        Scripted(script) as other,
+        gateway(provider("p0", one.url), provider("p1", other.url)) as gate,
+    ):
         body = asked(CHAT, max_tokens=TOKENS, stop=["STOP"], stream_options={"include_usage": True})
         answer = await gate.ask("POST", CHAT, body)
         assert text_of(answer) == " ready ST"
