@@ -18,7 +18,7 @@ Rooms
     oidc            tokens of a trusted issuer (JWT) instead of keys; optional
     ledger          what was used and owed: a record of each request, journal, sums in the store, reports
     limits          token buckets, slots and budgets: decided here where they can be, in the store where they must
-    admin           the operator's side: keys and usage over HTTP
+    admin           the operator's side: keys, usage, upstreams and the queue over HTTP
     store           what gateways share, behind the Redis protocol: Redis, Valkey, or the embedded Valkey
     wire            SANS-IO: request bodies, headers, SSE, NDJSON, the token meter
     continuation    an answer that broke off, gone on with elsewhere: pure
@@ -36,10 +36,15 @@ and `app`, redis in `store`.
 
 The way of a request
     server -> middleware (metrics, errors, hygiene, auth, rate limit) -> app.Router -> handlers.proxy.Proxy:
-        resolve   understand the body, choose the offers it may go to; decides without awaiting
-        dispatch  pick an upstream, lease it, send; the client has seen nothing, so another upstream may be tried
-        relay     the commit point: bytes to the client as they are read, through the meter; nothing is sent twice
-    then App._settle, synchronous, once, whatever happened: usage, metrics, record, log line.
+        resolve   understand the body; the offers it may go to, and those of its fallbacks; decides without awaiting
+        dispatch  while attempts are left: who may be asked (routing.eligible), who has room (gate; else the fair
+                  queue), who is asked (routing.policies); lease it, send, wait for the first content. What fails
+                  until then is the breaker's business and another attempt's: the client has seen nothing
+        relay     the commit point: bytes to the client as they are read, through the meter; nothing is sent twice.
+                  A stream that breaks off is gone on with by another upstream (handlers.continuation)
+        waiting   beside both: comments to a client whose stream has nothing to say yet
+    then App._settle, synchronous, once, whatever happened: usage, queue, limits, metrics, record, log line; and only
+    then the end of the answer.
 
 Where things are added: a runtime is a file in `runtimes` and a line in RUNTIMES; a middleware is a file and a line in
 `stack`; a surface is an entry in a SURFACES table; a setting is a field of Config and a line in `config.settings`;

@@ -96,6 +96,19 @@ def test_text_that_the_terminal_cannot_show_does_not_end_the_program(tmp_path: P
     assert "\\u20266fD0" in done.stdout
 
 
+def test_a_reader_that_leaves_early_is_no_failure(tmp_path: Path) -> None:
+    """`llm-gateway check | head -1`: no traceback."""
+    environ = {"HOME": str(tmp_path), "PYTHONPATH": str(Path(gateway.__file__).parents[1])}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway", "check"], cwd=tmp_path, env=environ, stdout=writing, stderr=subprocess.PIPE,
+        text=True, timeout=30, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_check_imports_no_server(tmp_path: Path) -> None:
     """`check` must start at once; the heavy rooms belong to `serve`."""
     code = "import sys; from gateway.cli import main; main(['check']); print(sorted(sys.modules), file=sys.stderr)"

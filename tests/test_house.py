@@ -12,12 +12,16 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from gateway.app import App
 from gateway.config.model import Config
 from gateway.config.settings import CONFIG_VARIABLE, SETTINGS
+from gateway.errors import GatewayError
+from gateway.identity.keys import KeyRing
 from gateway.runtimes import RUNTIMES
 
 ROOT = Path(__file__).parent.parent
@@ -147,7 +151,7 @@ def test_readme_has_every_setting_with_its_flag_and_default() -> None:
 METRIC = re.compile(r"\b(?:gateway|gen_ai_(?:server|client))_[a-z_]+[a-z]\b")
 
 
-@pytest.mark.parametrize("path", ["README.md", "deploy/prometheus/alerts.yml"])
+@pytest.mark.parametrize("path", ["README.md", "docs/fleet.md", "deploy/prometheus/alerts.yml"])
 def test_metrics_that_are_named_exist(path: str) -> None:
     declared = set(METRIC.findall(text("gateway/metrics.py")))
     named = set(METRIC.findall(text(path)))
@@ -155,7 +159,70 @@ def test_metrics_that_are_named_exist(path: str) -> None:
     assert {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in named} <= declared
 
 
+def test_readme_has_every_route(tmp_path: Path) -> None:
+    """A row has a path whole, and those below or beside it from there on: `/admin/api/keys`, `/{id}`."""
+    app = App(Config(data_dir=tmp_path, store="off", ledger=True), KeyRing(tmp_path, b"p" * 32))
+    stated = set()
+    for cell in re.findall(r"(?m)^\| (.+?) \|", text("README.md").partition("## API")[2].partition("\n## ")[0]):
+        first, *others = re.findall(r"`(?:GET |POST )?(/[^`]+)`", cell) or [""]
+        stated |= {first, *others, *(first + path for path in others)}
+        stated |= {first.rpartition("/")[0] + path for path in others}
+    assert set(app._routes()) - stated == set()
+
+
+#: codes that are put together where they are used
+MADE = {f"upstream_{name}" for name in ("busy", "unavailable", "failed")} | {
+    f"upstream_{name}_timeout" for name in ("first_byte", "idle")
+}
+#: what classes have and is never sent: whoever raises them names a better one
+UNSENT = {"forbidden", "not_found", "upstream_timeout"}
+
+
+def codes(kind: type[GatewayError]) -> set[str]:
+    return {kind.code}.union(*map(codes, kind.__subclasses__()))
+
+
+def test_every_error_code_is_explained() -> None:
+    rows = re.findall(r"(?m)^\| \d(?:\d\d|xx) \| (.+?) \|", text("docs/errors.md"))
+    explained = [code for cell in rows for code in re.findall(r"`([a-z_]+)`", cell)]
+    assert len(explained) == len(set(explained))
+    files = [path for top in ("gateway", "middleware") for path in (ROOT / top).rglob("*.py")]
+    sources = "\n".join(path.read_text() for path in files if ROOT / "gateway/sim" not in path.parents)
+    used = codes(GatewayError) - UNSENT | set(re.findall(r'\bcode="([a-z_]+)"', sources))
+    assert used - set(explained) == set()
+    assert {code for code in explained if f'"{code}"' not in sources} == MADE
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/fleet.md", "docs/errors.md", "docs/decisions.md"])
+def test_links_lead_somewhere(path: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text(path)):
+        file, _, anchor = target.partition("#")
+        there = ((ROOT / path).parent / file).resolve() if file else ROOT / path
+        assert there.exists(), target
+        headings = re.findall(r"(?m)^#+ (.+)$", there.read_text()) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^a-z0-9 -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+def test_decisions_are_numbered_without_gaps() -> None:
+    page = text("docs/decisions.md")
+    numbers = [int(number) for number in re.findall(r"(?m)^## (\d+)\. ", page)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    entries = re.split(r"(?m)^## \d+\. ", page)[1:]
+    for number, entry in enumerate(entries, 1):
+        assert re.match(r".+\n\d{4}-\d\d-\d\d\. \*\*Status\*\*: (holds|overtaken by \d+)", entry), number
+        for part in ("Question", "Choice", "Evidence", "Would change it"):
+            assert f"**{part}.**" in entry, (number, part)
+
+
 # --- deploy/
+
+
+def test_the_alerts_say_what_is_wrong_and_how_bad_it_is() -> None:
+    (group,) = yaml.safe_load(text("deploy/prometheus/alerts.yml"))["groups"]
+    for rule in group["rules"]:
+        assert rule["labels"]["severity"] in ("warning", "critical"), rule["alert"]
+        assert rule["annotations"]["summary"], rule["alert"]
+        assert METRIC.findall(rule["expr"]) or rule["alert"] == "GatewayDown", rule["alert"]
 
 
 def test_the_image() -> None:

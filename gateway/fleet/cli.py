@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 import urllib.error
@@ -65,9 +64,6 @@ def run(args: argparse.Namespace, url: str, environ: Mapping[str, str]) -> int:
     except Failure as failure:
         print(f"llm-gateway: {failure}", file=sys.stderr)
         return failure.code
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
 
 
 class Gateway:

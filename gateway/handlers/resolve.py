@@ -256,8 +256,8 @@ def _offered(table: Table, provider: str | None, principal: Principal | None) ->
 def _unknown(name: str, provider: str | None, table: Table, principal: Principal | None) -> ModelNotFound:
     near = nearest(name, _names(table, provider, principal))
     if near:
-        tail = f"did you mean {' or '.join(repr(one) for one in near)}?"
+        tail = f"; did you mean {' or '.join(repr(one) for one in near)}?"
     else:
-        tail = _offered(table, provider, principal)
+        tail = f". {_offered(table, provider, principal)}"
     where = f" at provider {provider!r}" if provider else ""
-    return ModelNotFound(f"the model {name[:200]!r} does not exist{where}; {tail}", param="model")
+    return ModelNotFound(f"the model {name[:200]!r} does not exist{where}{tail}", param="model")

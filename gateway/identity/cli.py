@@ -158,7 +158,7 @@ def _print_key(args: argparse.Namespace, key: str, row: dict[str, Any]) -> None:
         return
     print(f"The key {row['id']} ({row['name']}), shown only now (its hash is kept):\n\n    {key}\n")
     if row["previous_valid_until"] is not None:
-        print(f"Its text before is valid until {row['previous_valid_until']}.")
+        print(f"Its former text is valid until {row['previous_valid_until']}.")
 
 
 def _parsed(text: str, flag: str) -> Any:

@@ -63,8 +63,6 @@ def run(args: argparse.Namespace, data_dir: Path, store: Store | None, engines: 
         code, text = FAILED, str(error)
     except ImportError:
         code, text = FAILED, "parquet needs pyarrow: install local-llm-gateway[parquet]"
-    except BrokenPipeError:  # `| head`
-        return OK
     sys.stderr.write(f"llm-gateway: {text}\n")
     return code
 
