@@ -25,7 +25,7 @@ from gateway.fleet.drains import Drains
 from gateway.fleet.findings import Findings
 from gateway.fleet.names import Names
 from gateway.fleet.reload import Reloads
-from gateway.handlers import local, openai
+from gateway.handlers import anthropic, local, native, openai
 from gateway.handlers.continuation import Continuations
 from gateway.handlers.dispatch import Dispatcher
 from gateway.handlers.gate import Gate
@@ -64,10 +64,18 @@ _log = logging.getLogger("gateway")
 LAG_EVERY_S: Final = 0.25
 #: answered without a key
 OPEN_PATHS: Final = frozenset({"/livez"})
+#: every way to a model, by its path
+SURFACES: Final = {**openai.SURFACES, **anthropic.SURFACES, **native.SURFACES, **local.SURFACES}
+#: where a model is asked to work: these requests are in the ledger, refused ones too
+BILLABLE: Final = frozenset(path for path, surface in SURFACES.items() if surface.billable)
+#: whose errors have another form than OpenAI's
+FAMILIES: Final = {path: surface.family for path, surface in SURFACES.items()} | dict.fromkeys(
+    ("/api/tags", "/api/ps", "/api/version"), "ollama"
+)
+
 #: where the limits of requests are not asked by the middleware: probes, and the handlers that ask for more than that
 UNLIMITED: Final = frozenset(
-    {*openai.SURFACES, *local.SURFACES, "/livez", "/readyz", "/metrics", "/health", "/health/liveliness", "/ping"}
-    | {"/health/readiness"}
+    {*BILLABLE, "/livez", "/readyz", "/metrics", "/health", "/health/liveliness", "/health/readiness", "/ping"}
 )
 
 #: settings that hold until the process ends
@@ -76,9 +84,6 @@ FIXED: Final = (
     "prefix_index_bytes",
     *(field.name for field in fields(Config) if field.name.startswith("oidc_")),
 )
-
-#: where a model is asked: these requests are in the ledger, refused ones too
-BILLABLE: Final = frozenset({*openai.SURFACES, *local.SURFACES})
 
 Routes = Mapping[str, Mapping[str, Handler]]
 
@@ -161,7 +166,7 @@ class App:
         return compose(
             stack(
                 routes, OPEN_PATHS, ring, self._settle, in_flight, self.limiter, UNLIMITED, self.failures, self.tokens,
-                BILLABLE,
+                SURFACES, FAMILIES,
             ),
             Router(routes),
         )  # fmt: skip
@@ -223,6 +228,9 @@ class App:
             "/readyz": _get(Ready(self._unready, self._degraded)),
             "/metrics": _get(Exposition(self.metrics)),
             "/v1/models": _get(openai.Models(self.catalog)),
+            "/api/tags": _get(native.Models(self.catalog)),
+            "/api/ps": _get(native.Models(self.catalog, loaded=True)),
+            "/api/version": _get(native.Version()),
             "/api/local-llm/providers": _get(Providers(self.catalog, self.control)),
             "/api/local-llm/ollama/list": _get(ollama.list_models),
             "/api/local-llm/ollama/pull": {"POST": ollama.pull},
@@ -231,7 +239,7 @@ class App:
         for path in ("/health", "/health/liveliness", "/ping"):  # where peers answer, for what probes them
             routes[path] = routes["/livez"]
         routes["/health/readiness"] = routes["/readyz"]
-        for path, surface in {**openai.SURFACES, **local.SURFACES}.items():
+        for path, surface in SURFACES.items():
             reject = config.tools_unsupported == "reject"
             routes[path] = {
                 "POST": Proxy(

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import orjson
 
-Family = Literal["openai", "ollama", "anthropic"]
+#: "responses" is OpenAI's, but for what ends a stream
+Family = Literal["openai", "responses", "ollama", "anthropic"]
 
 
 class GatewayError(Exception):
@@ -213,15 +214,36 @@ def render(
 
 
 def render_event(
-    error: GatewayError, family: Family = "openai", request_id: str = "", used: tuple[int, int] | None = None
+    error: GatewayError,
+    family: Family = "openai",
+    request_id: str = "",
+    used: tuple[int, int] | None = None,
+    begun: bytes = b"",
 ) -> bytes:
     """The error as the last event of a stream that has begun: an SSE event, or one NDJSON line for Ollama.
 
-    Never followed by `[DONE]`: a client must not take a broken answer for a finished one.
+    Never followed by `[DONE]`: a client must not take a broken answer for a finished one. `begun`: the event with which
+    a stream of Responses began; what it says of the response is said again.
     """
+    if family == "responses":
+        return _response_failed(error, request_id, used, begun)
     body = render(error, family, request_id, used)
     if family == "ollama":
         return body + b"\n"
     if family == "anthropic":
         return b"event: error\ndata: " + body + b"\n\n"
     return b"data: " + body + b"\n\n"
+
+
+def _response_failed(error: GatewayError, request_id: str, used: tuple[int, int] | None, begun: bytes) -> bytes:
+    """`response.failed`, which has the whole response object."""
+    response: dict[str, Any] = {"id": f"resp_{request_id}", "object": "response", "output": []}
+    try:
+        document = orjson.loads(begun)
+        response |= document["response"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        pass
+    response |= {"status": "failed", "error": {"code": error.code, "message": error.message, "retry": error.retry}}
+    if used is not None:
+        response["usage"] = {"input_tokens": used[0], "output_tokens": used[1], "total_tokens": sum(used)}
+    return b"event: response.failed\ndata: %b\n\n" % orjson.dumps({"type": "response.failed", "response": response})

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Protocol
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Mapping
 
+    from gateway.errors import Family
     from gateway.exchange import Exchange
     from gateway.identity.failures import Failures
     from gateway.identity.keys import KeyRing
@@ -45,6 +46,7 @@ def stack(
     failures: Failures,
     tokens: Tokens | None = None,
     forwarded: Container[str] = (),
+    families: Mapping[str, Family] | None = None,
 ) -> tuple[Middleware, ...]:
     """The order, outermost first. Metrics sees every answer, so that 401 and 429 are counted; errors are rendered
     before metrics reads the status; hygiene comes before auth, since a request that must not be is nobody's.
@@ -57,7 +59,7 @@ def stack(
 
     return (
         Metrics(routes, settle, in_flight),
-        Errors(),
+        Errors(families or {}),
         Hygiene(routes, forwarded),
         Auth(keys, open_paths, failures, tokens),
         RateLimit(limiter, limited_elsewhere),

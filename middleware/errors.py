@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 
 from aiohttp import web
 
 from gateway.answer import EXCHANGE, SENT_CLOSE, send_error, send_last_event
-from gateway.errors import GatewayError
+from gateway.errors import Family, GatewayError
 from gateway.log import trace
 from middleware import Handler
 
@@ -16,6 +17,11 @@ _log = logging.getLogger("gateway.errors")
 
 
 class Errors:
+    """`families`: by path, the API family where it is another than OpenAI's, whoever refuses the request."""
+
+    def __init__(self, families: Mapping[str, Family]) -> None:
+        self._families = families
+
     async def __call__(self, request: web.BaseRequest, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
@@ -31,6 +37,7 @@ class Errors:
             exchange.outcome = "internal_error"
             known = GatewayError(f"the gateway failed on this request; its log has {exchange.id}")
         exchange = request[EXCHANGE]
+        exchange.family = self._families.get(exchange.path, exchange.family)
         exchange.error = known
         if exchange.committed:  # too late to say anything: cut, so that it does not look like an end
             if request.transport is not None:

@@ -36,7 +36,16 @@ _SWITCH: Final = {
     **dict.fromkeys(("false", "0", "no", "off"), False),
 }
 #: what people paste after the base URL
-_OPERATIONS: Final = ("/chat/completions", "/completions", "/embeddings", "/models", "/chat", "/responses")
+_OPERATIONS: Final = (
+    "/chat/completions",
+    "/completions",
+    "/embeddings",
+    "/models",
+    "/chat",
+    "/responses",
+    "/messages",
+    "/rerank",
+)
 
 
 class Refused(ValueError):

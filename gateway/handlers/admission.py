@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import Plan
 from gateway.ledger import prices
-from gateway.wire.body import Body
 from gateway.wire.usage import Usage
 
 if TYPE_CHECKING:
@@ -29,18 +28,18 @@ def admit(limiter: Limiter, exchange: Exchange, plan: Plan) -> Awaitable[None] |
     estimates = limiter.estimates
     prompt = estimates.prompt(model.name, exchange.request_bytes)
     unbounded = estimates.output(entry.principal.key_id, model.name)
-    completion = _output_tokens(plan.body, exchange.operation, model.context_window, unbounded)
+    asked = plan.body.num_predict if exchange.family == "ollama" else plan.body.max_tokens
+    completion = _output_tokens(asked, plan.body.n, exchange.operation, model.context_window, unbounded)
     cost = prices.cost(Usage(prompt, completion), 0.0, model.price) if entry.priced else None
     return limiter.admit(exchange, entry, prompt, completion, cost)
 
 
-def _output_tokens(body: Body, operation: str, window: int | None, unbounded: int) -> int:
+def _output_tokens(asked: int | None, n: int, operation: str, window: int | None, unbounded: int) -> int:
     """The most the answer may have by the request's own word, else `unbounded`; no more than the model can."""
-    if operation == "embeddings":
+    if operation in ("embeddings", "rerank"):
         return 0
-    asked = body.max_tokens
     if asked is None or asked <= 0:  # the runtime judges that; some take -1 for "no limit"
         asked = unbounded
     if window is not None:
         asked = min(asked, window)
-    return min(asked, 10**9) * min(max(1, body.n), 128)
+    return min(asked, 10**9) * min(max(1, n), 128)

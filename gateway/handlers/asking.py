@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CacheSalt = Literal["group", "key", "off"]
 
 #: operations whose prompts runtimes keep in a prefix cache
-CACHED: Final = frozenset({"chat", "completions"})
+CACHED: Final = frozenset({"chat", "completions", "responses", "messages", "ollama_chat", "ollama_generate"})
 #: Chat templates put tools and system prompt before the messages, wherever they stand in the body.
 _PROMPT: Final = ("tools", "functions", "system", "instructions", "messages", "prompt", "input")
 #: What clients call what belongs together, the most explicit first. https://platform.openai.com/docs/api-reference

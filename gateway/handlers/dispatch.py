@@ -193,7 +193,7 @@ class Dispatch:
             try:
                 body = patched(plan, offer, asked)
                 head = request_head(plan, offer, exchange.id, len(body))
-                if dispatcher.admitted is not None:
+                if dispatcher.admitted is not None and plan.billable:
                     dispatcher.admitted(exchange)
                 if dispatcher.hedge_after_s is None or exchange.committed:
                     reply = self._reply = await self._transport.send(upstream, head, body)
@@ -316,7 +316,7 @@ class Dispatch:
         exchange.provider = offer.upstream.provider
         exchange.upstream = offer.upstream.name
         exchange.route_reason = "hedge"
-        if self._dispatcher.admitted is not None:
+        if self._dispatcher.admitted is not None and self._plan.billable:
             self._dispatcher.admitted(exchange)
 
     async def __aexit__(

@@ -1,4 +1,8 @@
-"""The OpenAI surface: `/v1/chat/completions`, `/v1/completions`, `/v1/embeddings`, `/v1/models`."""
+"""The OpenAI surface: chat, completions, Responses, embeddings, the list of models; and reranking, which has its form.
+
+A response in the background would be made after its answer, where no meter sees it. What a runtime keeps of responses
+cannot be asked for here.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ from gateway.handlers.proxy import Surface
 SURFACES: Final = {
     "/v1/chat/completions": Surface("chat", "chat", needs="messages"),
     "/v1/completions": Surface("completions", "text_completion", needs="prompt"),
-    "/v1/embeddings": Surface("embeddings", "embeddings", needs="input"),
+    "/v1/responses": Surface("responses", "chat", needs="input", family="responses", never="background"),
+    "/v1/embeddings": Surface("embeddings", "embeddings", needs="input", streams=None),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), Surface("rerank", "rerank", needs="query", streams=None)),
 }
 
 

@@ -27,8 +27,10 @@ class Surface:
     """One way in: how its requests are read, and what an upstream is asked for them.
 
     `operation` names the path in a runtime's allow-list, `native` one that is preferred where the runtime has it
-    (Ollama's own chat). `needs` is the field a request cannot do without. `stream` forces the answer's form; None
-    leaves it to the client. `local`: the body may name a `provider`, which no upstream sees.
+    (Ollama's own chat). `needs` is the field a request cannot do without, `never` one that must not be true. `stream`
+    forces the answer's form; None leaves it to the client, and `streams` is what it is where the client says nothing;
+    None: there are no streams. `local`: the body may name a `provider`, which no upstream sees. `billable`: tokens are
+    used, so the limits of tokens hold and the ledger has a record.
     """
 
     operation: str
@@ -38,6 +40,9 @@ class Surface:
     native: str = ""
     stream: bool | None = None
     local: bool = False
+    streams: bool | None = False
+    never: str = ""
+    billable: bool = True
 
 
 class Proxy:
@@ -76,7 +81,7 @@ class Proxy:
             exchange.waited_s = monotonic() - began_at
         exchange.request_bytes = len(raw)
         plan = resolve(exchange, request, raw, surface, self._catalog.table, reject_tools=self._reject_tools)
-        waiting = admit(self._limiter, exchange, plan)
+        waiting = admit(self._limiter, exchange, plan) if surface.billable else None
         if waiting is not None:
             await waiting
         commented = self._comments.begin(request, exchange, plan)
@@ -96,3 +101,5 @@ class Proxy:
         finally:
             if commented:
                 self._comments.end(exchange)
+            if not surface.billable:
+                exchange.meter = exchange.usage = None

@@ -26,7 +26,7 @@ from gateway.handlers.continuation import Continuation
 from gateway.ledger import prices
 from gateway.upstreams.reply import Reply
 from gateway.wire.tokens import answer_usage
-from gateway.wire.usage import Meter, new_meter
+from gateway.wire.usage import Meter, SseMeter, new_meter
 
 if TYPE_CHECKING:
     from gateway.server import ClientProtocol
@@ -216,7 +216,8 @@ def _last_event(exchange: Exchange, reply: Reply, meter: Meter, error: UpstreamE
     lines = reply.head.content_type.lower().startswith(b"application/x-ndjson")
     usage = meter.result(exchange.prompt_estimate)
     used = (usage.prompt, usage.completion)
-    return render_event(error, "ollama" if lines else exchange.family, exchange.id, used)
+    begun = meter.begun if exchange.family == "responses" and isinstance(meter, SseMeter) else b""
+    return render_event(error, "ollama" if lines else exchange.family, exchange.id, used, begun)
 
 
 def _take_status(exchange: Exchange, reply: Reply) -> None:

@@ -15,6 +15,7 @@ from gateway.catalog import Offer, Table, Tiers, nearest
 from gateway.errors import BadRequest, BodyTooLarge, Forbidden, ModelNotFound, NoCapacity, NotFound, RequestTimeout
 from gateway.exchange import Exchange
 from gateway.handlers.asking import SESSION_HEADER
+from gateway.runtimes.runtime import OPENAI_PATHS, Runtime
 from gateway.wire.body import Body
 from gateway.wire.headers import request_headers
 
@@ -48,6 +49,7 @@ class Plan:
     """
 
     __slots__ = (
+        "billable",
         "body",
         "cache_salt",
         "headers",
@@ -65,6 +67,7 @@ class Plan:
         self.tiers = tiers
         self.operation = operation
         self.native = native
+        self.billable = True
         self.headers: list[tuple[bytes, bytes]] = []
         self.replace: dict[str, bytes] = {}
         self.remove: tuple[str, ...] = ()
@@ -157,6 +160,8 @@ def resolve(
             f"{_offered(table, provider, exchange.principal)}",
             param=surface.needs,
         )
+    if surface.never and body.present(surface.never) and body.get(surface.never) is not False:
+        raise BadRequest(f"`{surface.never}` is not supported here", param=surface.never, code="unsupported_parameter")
     exchange.model_asked = name
     tiers = pools.tiers.get(name)
     if tiers is None:
@@ -170,7 +175,10 @@ def resolve(
         tiers = tiers[1:]
     if not tiers:
         raise NoCapacity(f"no host that serves {name!r} is known now", param="model", retry_after_s=HOSTLESS_S)
+    if surface.operation not in OPENAI_PATHS:  # not every runtime has it
+        tiers = _having(tiers, surface.operation, exchange.path, name)
     plan = Plan(body, tiers, surface.operation, surface.native)
+    plan.billable = surface.billable
     plan.headers = request_headers(request.raw_headers)
     if principal is not None:
         exchange.rank = principal.rank(request.headers.get(PRIORITY))
@@ -182,7 +190,8 @@ def resolve(
         _choose_for_tools(exchange, plan, name, reject_tools)
     stream = surface.stream
     if stream is None:
-        exchange.stream = bool(body.stream)
+        streams = surface.streams
+        exchange.stream = streams is not None and (streams if body.stream is None else body.stream)
     else:
         exchange.stream = stream
         if body.stream is not stream:
@@ -190,6 +199,16 @@ def resolve(
         if not stream and body.has("stream_options"):
             plan.remove = (*plan.remove, "stream_options")  # refused by vLLM where nothing is streamed
     return plan
+
+
+def _having(tiers: Tiers, operation: str, path: str, name: str) -> Tiers:
+    """Leave the offers whose runtime has the operation; NotFound, with what they do have, where none has."""
+    left = _kept(tiers, lambda offer: operation in offer.upstream.runtime.paths)
+    if not left:
+        runtimes: dict[str, Runtime] = {offer.upstream.runtime.title: offer.upstream.runtime for offer in tiers[0]}
+        has = "; ".join(f"{title} has {', '.join(one.paths.values())}" for title, one in runtimes.items())
+        raise NotFound(f"what serves {name!r} has no {path}: {has}", param="model", code="operation_not_supported")
+    return left
 
 
 def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -> None:

@@ -66,7 +66,7 @@ class Comments:
 
 def _events(exchange: Exchange, plan: Plan) -> bool:
     """Whether the answer can be nothing but server-sent events, whoever gives it."""
-    if exchange.family == "ollama" or plan.operation == "embeddings":
+    if exchange.family == "ollama":
         return False
     native = plan.native  # the runtime's own form, where it has that: Ollama's is lines of JSON
     return not native or not any(native in offer.upstream.runtime.paths for tier in plan.tiers for offer in tier)

@@ -12,6 +12,8 @@ from gateway.errors import BadRequest
 from gateway.handlers.resolve import Plan
 from gateway.wire.body import Body, usage_options
 
+#: streams that tell their usage when asked to; the others tell it anyway
+_TELL_IF_ASKED: Final = frozenset({"chat", "completions"})
 _USER_AGENT: Final = b"local-llm-gateway/" + __version__.encode()
 
 
@@ -31,7 +33,8 @@ def patched(plan: Plan, offer: Offer, body: Body) -> bytes:
     plan.strip_usage = False
     native = plan.native and plan.native in offer.upstream.runtime.paths
     streamed = replace.get("stream", b"true" if body.stream else b"false") == b"true"
-    if streamed and not native and not body.include_usage and offer.upstream.runtime.inject_usage:
+    asking = plan.operation in _TELL_IF_ASKED and offer.upstream.runtime.inject_usage
+    if streamed and asking and not native and not body.include_usage:
         plan.strip_usage = True
         replace = {**replace, "stream_options": usage_options(body)}
     if not replace and not remove:

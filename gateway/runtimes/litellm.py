@@ -3,7 +3,17 @@
 Never GET `/health` here: it makes a real call to every model. `/health/liveliness` (sic) touches none.
 """
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models
+from types import MappingProxyType
+
+from gateway.runtimes.runtime import (
+    COUNT_TOKENS,
+    MESSAGES,
+    OPENAI_PATHS,
+    RERANK,
+    RESPONSES,
+    Runtime,
+    parse_openai_models,
+)
 
 LITELLM = Runtime(
     name="litellm",
@@ -12,7 +22,7 @@ LITELLM = Runtime(
     health_path="/health/liveliness",
     models_path="/v1/models",
     parse_models=parse_openai_models,
-    paths=OPENAI_PATHS,
+    paths=MappingProxyType({**OPENAI_PATHS, **RESPONSES, **MESSAGES, **COUNT_TOKENS, **RERANK}),
     inject_usage=True,
     idle_s=5.0,
 )

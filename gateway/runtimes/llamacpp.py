@@ -12,8 +12,14 @@ to usage chunks (one for each choice, too). So nothing is asked for, and the cli
 A final assistant message is gone on with, asked or not. Streamed, the answer is what follows it; whole, it repeats it.
 """
 
+from types import MappingProxyType
+
 from gateway.runtimes.runtime import (
+    COUNT_TOKENS,
+    MESSAGES,
     OPENAI_PATHS,
+    RERANK,
+    RESPONSES,
     Runtime,
     parse_llamacpp_props,
     parse_openai_models,
@@ -30,7 +36,7 @@ LLAMACPP = Runtime(
     parse_windows=parse_openai_windows,
     details_path="/props",
     parse_details=parse_llamacpp_props,
-    paths=OPENAI_PATHS,
+    paths=MappingProxyType({**OPENAI_PATHS, **RESPONSES, **MESSAGES, **COUNT_TOKENS, **RERANK}),
     inject_usage=False,
     idle_s=5.0,
     continues="always",

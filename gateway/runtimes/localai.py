@@ -3,7 +3,9 @@
 `/readyz` and `/healthz` are its probes. The idle time is not published: the shortest one known is assumed.
 """
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models
+from types import MappingProxyType
+
+from gateway.runtimes.runtime import OPENAI_PATHS, RERANK, RESPONSES, Runtime, parse_openai_models
 
 LOCALAI = Runtime(
     name="localai",
@@ -12,7 +14,7 @@ LOCALAI = Runtime(
     health_path="/readyz",
     models_path="/v1/models",
     parse_models=parse_openai_models,
-    paths=OPENAI_PATHS,
+    paths=MappingProxyType({**OPENAI_PATHS, **RESPONSES, **RERANK}),
     inject_usage=True,
     idle_s=5.0,
 )

@@ -7,7 +7,7 @@ with a JSON body. An idle connection was still open after 12 s.
 
 from types import MappingProxyType
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_ollama_models, parse_ollama_ps
+from gateway.runtimes.runtime import MESSAGES, OPENAI_PATHS, RESPONSES, Runtime, parse_ollama_models, parse_ollama_ps
 
 OLLAMA = Runtime(
     name="ollama",
@@ -18,7 +18,18 @@ OLLAMA = Runtime(
     parse_models=parse_ollama_models,
     details_path="/api/ps",
     parse_details=parse_ollama_ps,
-    paths=MappingProxyType({**OPENAI_PATHS, "ollama_chat": "/api/chat", "ollama_list": "/api/tags"}),
+    paths=MappingProxyType(
+        {
+            **OPENAI_PATHS,
+            **RESPONSES,
+            **MESSAGES,
+            "ollama_chat": "/api/chat",
+            "ollama_generate": "/api/generate",
+            "ollama_embed": "/api/embed",
+            "ollama_embeddings": "/api/embeddings",
+            "ollama_list": "/api/tags",
+        }
+    ),
     inject_usage=True,
     idle_s=12.0,
     manage=MappingProxyType({"pull": "/api/pull", "delete": "/api/delete"}),

@@ -4,7 +4,9 @@ Only the model list is sure to exist, so it serves as the health door, and the s
 assumed. https://platform.openai.com/docs/api-reference
 """
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models, parse_openai_windows
+from types import MappingProxyType
+
+from gateway.runtimes.runtime import OPENAI_PATHS, RESPONSES, Runtime, parse_openai_models, parse_openai_windows
 
 OPENAI = Runtime(
     name="openai",
@@ -14,7 +16,7 @@ OPENAI = Runtime(
     models_path="/v1/models",
     parse_models=parse_openai_models,
     parse_windows=parse_openai_windows,
-    paths=OPENAI_PATHS,
+    paths=MappingProxyType({**OPENAI_PATHS, **RESPONSES}),
     inject_usage=True,
     idle_s=5.0,
 )

@@ -12,7 +12,7 @@ import orjson
 #: More names than this in one list are cut: a model list is shown to people and used as metric labels.
 MODELS_MAX: Final = 4096
 
-#: The OpenAI operations that are forwarded, and nothing else (default deny).
+#: The operations that every runtime is asked for, and nothing else (default deny).
 OPENAI_PATHS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "chat": "/v1/chat/completions",
@@ -20,6 +20,11 @@ OPENAI_PATHS: Final[Mapping[str, str]] = MappingProxyType(
         "embeddings": "/v1/embeddings",
     }
 )
+#: those that some have: each runtime's file says which
+RESPONSES: Final = {"responses": "/v1/responses"}
+MESSAGES: Final = {"messages": "/v1/messages"}
+COUNT_TOKENS: Final = {"count_tokens": "/v1/messages/count_tokens"}
+RERANK: Final = {"rerank": "/v1/rerank"}
 
 
 @dataclass(frozen=True, slots=True)

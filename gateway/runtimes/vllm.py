@@ -9,9 +9,19 @@ With `continue_final_message` (and `add_generation_prompt` false) the answer is 
 """
 
 import re
+from types import MappingProxyType
 from typing import Final
 
-from gateway.runtimes.runtime import OPENAI_PATHS, Runtime, parse_openai_models, parse_openai_windows
+from gateway.runtimes.runtime import (
+    COUNT_TOKENS,
+    MESSAGES,
+    OPENAI_PATHS,
+    RERANK,
+    RESPONSES,
+    Runtime,
+    parse_openai_models,
+    parse_openai_windows,
+)
 
 _CACHE: Final = re.compile(rb"^vllm:cache_config_info\{([^}\n]*)\}", re.MULTILINE)
 _LABEL: Final = re.compile(rb'(block_size|num_gpu_blocks)="(\d{1,12})"')
@@ -34,7 +44,7 @@ VLLM = Runtime(
     models_path="/v1/models",
     parse_models=parse_openai_models,
     parse_windows=parse_openai_windows,
-    paths=OPENAI_PATHS,
+    paths=MappingProxyType({**OPENAI_PATHS, **RESPONSES, **MESSAGES, **COUNT_TOKENS, **RERANK}),
     inject_usage=True,
     cache_salt=True,
     cache_path="/metrics",

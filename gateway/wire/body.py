@@ -20,7 +20,7 @@ from gateway.errors import BadRequest
 GUARDED = frozenset(
     {
         "model", "stream", "stream_options", "max_tokens", "max_completion_tokens", "max_output_tokens", "n",
-        "options", "keep_alive", "messages", "prompt", "tools", "provider", "name",
+        "options", "keep_alive", "messages", "prompt", "tools", "provider", "name", "background",
     }
 )  # fmt: skip
 
@@ -35,11 +35,16 @@ class _StreamOptions(Struct):
     include_usage: bool | None = None
 
 
+class _Options(Struct):
+    num_predict: int | None = None
+
+
 _object = Decoder(dict[str, Raw])
 _array = Decoder(list[Raw])
 _string = Decoder(str)
 _integer = Decoder(int)
 _stream_options = Decoder(_StreamOptions)
+_options = Decoder(_Options)
 
 
 class Body:
@@ -106,6 +111,13 @@ class Body:
                 if number is not None:
                     return number
         return None
+
+    @property
+    def num_predict(self) -> int | None:
+        """Ollama's cap on generated tokens, among its `options`; None where none (or no whole number) is set."""
+        value = self._values.get("options")
+        options = None if value is None else _typed(_options, value)
+        return None if options is None else options.num_predict
 
     @property
     def n(self) -> int:

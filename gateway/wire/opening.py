@@ -20,6 +20,7 @@ from gateway.wire.sse import SseSplitter, parse_event
 EVENTS_MAX: Final = 16
 
 _FINISH: Final = re.compile(rb'"finish_reason"\s*:\s*"(?!")')
+_ANNOUNCED: Final = re.compile(rb'"type"\s*:\s*"response\.(?:created|queued|in_progress)"')
 _END: Final = re.compile(rb'"done"\s*:\s*true|"type"\s*:\s*"(?:message_stop|response\.(?:completed|incomplete))"')
 
 
@@ -42,12 +43,17 @@ def opening(data: bytes, *, lines: bool, ended: bool = False) -> bytes | None:
         said = event.strip() if lines else parse_event(event)[1].strip()
         if not said:
             continue
-        if said[0] != 123 or CONTENT.search(said) or _decides(said):
+        if (said[0] != 123 or CONTENT.search(said) or _decides(said)) and not _announces(said):
             return said
         seen += 1
         if seen == EVENTS_MAX:
             return said
     return None
+
+
+def _announces(said: bytes) -> bool:
+    """Whether an event of Responses repeats the request, and the members of an answer that are empty still."""
+    return b'"response.' in said and _ANNOUNCED.search(said) is not None
 
 
 def _decides(said: bytes) -> bool:
@@ -70,7 +76,11 @@ def reported(said: bytes) -> object | None:
         return None
     if not isinstance(document, dict) or document.get("choices"):
         return None
-    return document.get("error") or None
+    failed = document.get("response")
+    error = document.get("error") or (failed.get("error") if isinstance(failed, dict) else None)
+    if not error and document.get("type") == "error":  # of Responses: the event is the error
+        return document
+    return error or None
 
 
 def fault(said: bytes) -> str | None:
@@ -84,5 +94,7 @@ def fault(said: bytes) -> str | None:
         return str(error)[:200]
     code = str(error.get("code") or error.get("status") or "")
     if len(code) == 3 and code[0] == "4" and code != "429":
+        return None
+    if not code and error.get("type") == "invalid_request_error":  # Anthropic's have no code
         return None
     return str(error.get("message") or error.get("type") or "an error")[:200]

@@ -45,12 +45,13 @@ class SseMeter(PieceMeter):
     still follow the event before it.
     """
 
-    __slots__ = ("_needle", "_plain", "_prefix", "_skip")
+    __slots__ = ("_needle", "_plain", "_prefix", "_skip", "begun")
 
     _splitter: SseSplitter
 
     def __init__(self, strip_usage: bool = False) -> None:
         super().__init__(SseSplitter(), strip=strip_usage)
+        self.begun = b""  # the data of `response.created`, with which a stream of Responses begins
         self._plain = True  # nothing is held: whole events may be read without the splitter
         # How this stream's content events look, learnt from the first; `find` is all the next ones then need.
         self._prefix = b"\0"
@@ -128,6 +129,8 @@ class SseMeter(PieceMeter):
         if kind.startswith(b"response."):
             if kind.endswith(b".delta"):
                 content = CONTENT.search(data)
+            elif kind == b"response.created":
+                self.begun = data
         elif kind.startswith(b"content_block_"):
             if kind == b"content_block_delta":
                 content = CONTENT.search(data)

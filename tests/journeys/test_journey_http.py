@@ -295,8 +295,9 @@ async def test_a_query_is_the_gateways_only(here: Gateway, upstream: Scripted) -
 @pytest.mark.parametrize(
     "path",
     [
-        "/", "/v1", "/v1/", "/v1/chat", "/V1/chat/completions", "/v1/chat/completions/", "/v1/responses", "/api/chat",
-        "/api/generate", "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/sha256:1",
+        "/", "/v1", "/v1/", "/v1/chat", "/V1/chat/completions", "/v1/chat/completions/", "/v1/responses/resp_1",
+        "/v1/messages/batches", "/api/show",
+        "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete", "/api/blobs/sha256:1",
         "/slots", "/slots/0", "/props", "/lora-adapters", "/completion", "/tokenize", "/v1/load_lora_adapter",
         "/sleep", "/wake_up", "/reset_prefix_cache", "/collective_rpc", "/is_sleeping", "/server_info", "/config",
         "/key/generate", "/model/new", "/.env", "/favicon.ico", "/api/local-llm", "/api/local-llm/ollama/create",

@@ -30,6 +30,9 @@ BEFORE = {
     "an Anthropic start": b'event: message_start\ndata: {"type":"message_start","message":{"content":[]}}\n\n'
     b'event: content_block_start\ndata: {"type":"content_block_start","content_block":{"type":"text","text":""}}\n\n',
     "a Responses start": b'data: {"type":"response.created","response":{"status":"in_progress","output":[]}}\n\n',
+    "a Responses start that repeats the request": b'data: {"response":{"error":null,"instructions":"Be brief"},'
+    b'"type":"response.created"}\n\ndata: {"response":{"error":null},"type":"response.in_progress"}\n\n'
+    b'data: {"type":"response.content_part.added","part":{"type":"output_text","text":""}}\n\n',
 }
 BEGUN = {
     "text": TEXT,
@@ -41,6 +44,8 @@ BEGUN = {
     "done": ROLE + b"data: [DONE]\n\n",
     "Anthropic's delta": b'data: {"type":"content_block_delta","delta":{"type":"text_delta","text":"Hi"}}\n\n',
     "Anthropic's end": b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+    "a delta of Responses": b'data: {"type":"response.output_text.delta","delta":"Hi"}\n\n',
+    "a failure of Responses": b'data: {"type":"response.failed","response":{"error":{"message":"x"}}}\n\n',
     "no JSON at all": b"data: hello\n\n",
     "an error": ROLE + b'data: {"error":{"message":"EngineDeadError","code":500}}\n\n',
     "a dialect that nobody knows": b'data: {"progress":1}\n\n' * EVENTS_MAX,
@@ -83,6 +88,9 @@ def test_the_last_event_needs_no_end_once_the_stream_has_ended() -> None:
         (b'{"error":{"message":"odd"}}', "odd"),
         (b'{"error":"llama runner process has terminated"}', "llama runner process has terminated"),
         (b'{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}', "Overloaded"),
+        (b'{"type":"error","error":{"type":"invalid_request_error","message":"too long"}}', None),
+        (b'{"type":"response.failed","response":{"error":{"code":"server_error","message":"no memory"}}}', "no memory"),
+        (b'{"type":"error","code":"server_error","message":"no memory","sequence_number":3}', "no memory"),
         (b'{"error":{"message":"the context is too long","code":400}}', None),
         (b'{"error":{"message":"the context is too long","code":"422"}}', None),
         (b'{"error":null,"choices":[]}', None),
