@@ -42,6 +42,7 @@ class Bucket:
         "counts",
         "empty_amount",
         "empty_until",
+        "heard",
         "held_until",
         "in_use",
         "key",
@@ -61,6 +62,7 @@ class Bucket:
         "seq",
         "share",
         "size",
+        "told",
         "unit",
         "used_at",
     )
@@ -98,6 +100,8 @@ class Bucket:
         self.owed = 0  # charges the store has not been told of
         self.sent = 0  # charges it may not have heard: told again under the same number
         self.seq = 0
+        self.heard = -1  # number of the last call about it that was answered
+        self.told = 0  # returned with the call that is under way
         self.ceiling = -1
         self.level = self.rules.burst  # the store's, as last heard
         self.level_at = 0.0

@@ -2,7 +2,8 @@
 
 What waits for the store while a call is under way goes along with the next one: its requests are decided together, in
 their order, and share the round trip. With each call a process says what it holds of every bucket named in it, which
-replaces what it said before: a call that was lost leaves no trace that the next one does not wipe out.
+replaces what it said before, and the last call it has an answer of: what a lost one took is refilled, and of a budget
+it is put back with the next one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from itertools import islice
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.limits.local import SLOTS, Bucket, Needs, take_loaned, together_again
+from gateway.limits.local import BUDGET, SLOTS, Bucket, Needs, take_loaned, together_again
 from gateway.store.client import REQUEST_TIMEOUT_S, Store, StoreAway, StoreError
 from gateway.store.scripts import Script
 
@@ -157,8 +158,9 @@ class Shared:
         for ask in batch:
             for bucket, amount in ask.needs:
                 largest[bucket.key] = max(largest.get(bucket.key, 0), amount)
-        args: list[Any] = [self._process, int(LOAN_S * 1e6)]
         self.calls += 1
+        number = self.calls
+        args: list[Any] = [self._process, int(LOAN_S * 1e6), number]
         for bucket in buckets.values():
             need = asked = largest.get(bucket.key, 0)
             if asked:
@@ -166,7 +168,7 @@ class Shared:
             elif lend and now - bucket.used_at < IDLE_S:
                 need = bucket.need  # it is in use, and only told something else
             aim = bucket.aim(need, now) if need else 0
-            args += _told(bucket, aim, now, self.part, self.calls, keep=not asked)
+            args += _told(bucket, aim, now, self.part, number, keep=not asked)
         args.append(len(batch))
         for ask in batch:
             args.append(len(ask.needs))
@@ -178,7 +180,8 @@ class Shared:
             self._failed(error, batch, buckets.values())
             return False
         for bucket, level, loan in zip(buckets.values(), levels, loans, strict=True):
-            bucket.sent = 0
+            bucket.sent = bucket.told = 0
+            bucket.heard = number
             bucket.level, bucket.level_at = int(level), now
             bucket.loan += int(loan)
             bucket.lent += int(loan)
@@ -219,7 +222,10 @@ class Shared:
     def _failed(self, error: Exception, batch: list[Ask], buckets: Iterable[Bucket]) -> None:
         """Nobody knows whether the call was heard: what it asked for is gone, its charges will be told again."""
         for bucket in buckets:
-            if bucket.sent or bucket.owed or bucket.in_use:
+            if bucket.kind == BUDGET:  # it will be undone, and so what was returned with it is held still
+                bucket.loan += bucket.told
+                bucket.lent, bucket.told = bucket.loan, 0
+            if bucket.sent or bucket.owed or bucket.in_use or bucket.kind == BUDGET:
                 self._due[bucket.key] = bucket
             if not (bucket.in_use or bucket.loan):
                 self._held.pop(bucket.key, None)
@@ -264,9 +270,12 @@ def _told(bucket: Bucket, aim: int, now: float, part: float, number: int, *, kee
     if bucket.kind == SLOTS:
         held = bucket.in_use + (bucket.loan if keep else 0)
     else:
-        held = bucket.loan if fresh else 0
+        held = bucket.loan if fresh or bucket.kind == BUDGET else 0  # nothing refills what a budget has lent
+    bucket.told = 0
     if not keep:
-        bucket.loan = 0
+        bucket.told, bucket.loan = held, 0
+    if bucket.heard < 0:
+        bucket.heard = number - 1
     # From now on the store may think that so much is held: no more is put back to the loan than is used of it.
     bucket.lent = bucket.loan
     bucket.low = 0
@@ -275,5 +284,5 @@ def _told(bucket: Bucket, aim: int, now: float, part: float, number: int, *, kee
         bucket.seq = number  # grows also where the bucket was forgotten here, and not in the store
     return (
         *(rules.burst, rules.rate, rules.debt, bucket.kind, held, bucket.seq, bucket.sent, bucket.ceiling),
-        *(max(0, aim - bucket.loan), int(bucket.observe), bucket.life_ms, int(keep)),
+        *(max(0, aim - bucket.loan), int(bucket.observe), bucket.life_ms, int(keep), bucket.heard),
     )

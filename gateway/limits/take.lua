@@ -1,24 +1,28 @@
 -- Brings buckets up to date and takes what a batch of requests asks of them: one round trip, one atomic step.
 --
 -- A bucket is a hash: l (level, microunits), f (millionths of a microunit), t (time of both, microseconds), b (a
--- budget's amount), and for each process "<held> <expires> <seq>": what it holds on loan, until when (microseconds), and its last charge's number.
+-- budget's amount), and for each process "<held> <expires> <seq> <call> <taken>": what it holds on loan, until when
+-- (microseconds), its last charge's number, its last call's, and what this took beside charges.
 -- The arithmetic is that of bucket.py. Numbers are doubles: whole, below 2^53, and never printed but by '%.0f'.
 --
 -- KEYS     the buckets
--- ARGV     process, loan's life (us), then for each bucket:
---            burst, rate, debt, kind, held, seq, charge, ceiling, want, observe, life (ms, 0 for ever), keep
+-- ARGV     process, loan's life (us), number of the call, then for each bucket:
+--            burst, rate, debt, kind, held, seq, charge, ceiling, want, observe, life (ms, 0 for ever), keep, known
 --              kind     0 tokens; 1 slots; 2 budget: what is left is enough for any request
 --              held     tokens: unused of the loan; slots: in use, and free ones that are kept
 --              keep     1: tokens held stay on loan; 0: they are returned herewith
 --              charge   taken after the fact, once for each seq; negative: given back
 --              ceiling  the level is at most this; -1: any
 --              want     to take on loan beyond what the requests need and what is kept
+--              known    the process's last call about the bucket that was answered: what a later one took of a budget,
+--                       which nothing refills, is put back
 --            then the number of requests, and for each: the number of its needs, and for each: bucket, amount
--- Returns  {levels}, {loans}, {for each request {0, observed buckets...} or {the bucket that refuses}}
+-- Returns  {levels}, {loans}, {for each request {0, observed buckets...} or {the bucket that refuses}}; nothing, and
+--          does nothing, for a call that comes behind a later one: nobody waits for it
 local MICRO = 1000000
 local ELAPSED_MAX = 100000000000000
 local FORGET = 600 * MICRO
-local WIDTH = 12
+local WIDTH = 13
 
 local function text(number)
   return string.format('%.0f', number)
@@ -28,18 +32,21 @@ local time = redis.call('TIME')
 local now = tonumber(time[1]) * MICRO + tonumber(time[2])
 local process = ARGV[1]
 local life = tonumber(ARGV[2])
+local number = tonumber(ARGV[3])
 local buckets = {}
 
 for i, key in ipairs(KEYS) do
-  local at = 2 + (i - 1) * WIDTH
+  local at = 3 + (i - 1) * WIDTH
   local b = {
     burst = tonumber(ARGV[at + 1]), rate = tonumber(ARGV[at + 2]), debt = tonumber(ARGV[at + 3]),
     kind = tonumber(ARGV[at + 4]), held = tonumber(ARGV[at + 5]), seq = tonumber(ARGV[at + 6]),
     want = tonumber(ARGV[at + 9]), observe = ARGV[at + 10] == '1', life = tonumber(ARGV[at + 11]), kept = 0,
-    level = tonumber(ARGV[at + 1]), frac = 0, at = now, out = 0, mine = 0, done = 0, taken = 0, changed = false,
+    level = tonumber(ARGV[at + 1]), frac = 0, at = now, out = 0, mine = 0, done = 0, taken = 0, back = 0,
+    changed = false,
   }
   local raw = redis.call('HGETALL', key)
   local amount = b.burst -- the budget's, when its level was written
+  local unheard = 0
   for j = 1, #raw, 2 do
     local field, value = raw[j], raw[j + 1]
     if field == 'l' then
@@ -51,9 +58,16 @@ for i, key in ipairs(KEYS) do
     elseif field == 'b' then
       amount = tonumber(value)
     else
-      local held, expires, seq = string.match(value, '^(%d+) (%d+) (%d+)$')
+      local held, expires, seq, call, taken = string.match(value, '^(%d+) (%d+) (%d+) ?(%d*) ?(-?%d*)$')
       held, expires = tonumber(held), tonumber(expires)
       if field == process then
+        call = tonumber(call) or 0
+        if call > number then
+          return {}
+        end
+        if call > tonumber(ARGV[at + 13]) then
+          unheard = tonumber(taken)
+        end
         b.done = tonumber(seq)
         if expires > now then
           b.mine = held
@@ -67,6 +81,9 @@ for i, key in ipairs(KEYS) do
   end
   if b.kind == 2 then
     b.level = b.level + b.burst - amount
+    if unheard ~= 0 then
+      b.level, b.mine, b.changed = b.level + unheard, b.held, true
+    end
   end
   if b.kind == 1 then
     b.level = b.burst - b.out - b.held
@@ -95,6 +112,7 @@ for i, key in ipairs(KEYS) do
     else
       room = b.burst - b.out
       b.level = b.level + b.held
+      b.back = b.held
     end
     b.level = math.min(b.level, room)
     local charge, ceiling = tonumber(ARGV[at + 7]), tonumber(ARGV[at + 8])
@@ -111,7 +129,7 @@ for i, key in ipairs(KEYS) do
 end
 
 local verdicts = {}
-local at = 3 + #KEYS * WIDTH
+local at = 4 + #KEYS * WIDTH
 local requests = tonumber(ARGV[at])
 for r = 1, requests do
   at = at + 1
@@ -159,6 +177,9 @@ for i, key in ipairs(KEYS) do
     hold = b.held + b.taken + loan
   end
   local entry = text(hold) .. ' ' .. text(now + life) .. ' ' .. text(math.max(b.seq, b.done))
+  if b.kind == 2 then
+    entry = entry .. ' ' .. text(number) .. ' ' .. text(b.taken + loan - b.back)
+  end
   if b.kind == 1 then
     if hold > 0 then
       redis.call('HSET', key, process, entry)

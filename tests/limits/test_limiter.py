@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from gateway.limits.limiter import Limiter
 from gateway.limits.spec import Budget, Limit, period_of
 from gateway.limits.texts import reset_text
 from gateway.store.address import parse
-from gateway.store.client import Store
+from gateway.store.client import Store, StoreAway
 from gateway.wire.usage import Usage
 from tests.limits.requests import ALICE, begin, end, exchange, passes, requests, slots, tokens
 from tests.store_fixtures import Server
@@ -304,6 +305,32 @@ async def test_a_budget_on_a_store_is_passed_by_one_request_at_most(store_server
         assert 0.98 <= spent <= 1.03
 
 
+@pytest.mark.parametrize("ran", [True, False])
+async def test_a_call_that_was_lost_costs_a_budget_nothing(
+    store: Store, ran: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = Principal("b", "b", budget=Budget(1000.0, "currency", "total"))
+    limiter = Limiter((), store)
+    end(limiter, await begin(limiter, who, cost=1.0), Usage(1, 1), 1.0)
+    run = store.run
+    losing = [True]
+
+    async def lossy(*args: Any, **options: Any) -> Any:
+        if losing.pop() if losing else False:
+            if ran:
+                await run(*args, **options)
+            raise StoreAway("timeout")
+        return await run(*args, **options)
+
+    monkeypatch.setattr(store, "run", lossy)
+    for cost in (50.0, 3.0, 1.0):
+        end(limiter, await begin(limiter, who, cost=cost), Usage(1, 1), 2.0)
+    await limiter.stop()
+    assert not losing
+    level = await store.call("HGET", store.key("budget", "b", "currency", "total", "total"), "l")
+    assert int(level) == (1000 - 1 - 3 * 2) * 100_000_000
+
+
 async def test_a_giant_estimate_does_not_renew_a_budget(store_server: Server) -> None:
     """While it is reserved, others are charged: the bound of a budget's debt must not lift what is left of it."""
     who = Principal("b", "b", budget=Budget(1000.0, "currency", "total"))
@@ -354,7 +381,7 @@ import asyncio, sys
 from gateway.limits import redis
 from gateway.limits.limiter import Limiter
 from gateway.store.address import parse
-from gateway.store.client import Store
+from gateway.store.client import Store, StoreAway
 from tests.limits.requests import begin, slots
 
 async def main():

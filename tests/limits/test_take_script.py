@@ -19,11 +19,14 @@ def told(rules: Rules, kind: int = 0, held: int = 0, seq: int = 0, charge: int =
     return [
         *(rules.burst, rules.rate, rules.debt, kind, held, seq, charge),
         *(more.get("ceiling", -1), more.get("want", 0), more.get("observe", 0), 60_000, more.get("keep", 0)),
+        more.get("known", 0),
     ]
 
 
-async def run(store: Store, buckets: dict[str, list[int]], *requests: list[tuple[int, int]], who: str = "a") -> Any:
-    args: list[Any] = [who, LIFE_US]
+async def run(
+    store: Store, buckets: dict[str, list[int]], *requests: list[tuple[int, int]], who: str = "a", call: int = 0
+) -> Any:
+    args: list[Any] = [who, LIFE_US, call]
     for one in buckets.values():
         args += one
     args.append(len(requests))
@@ -159,3 +162,22 @@ async def test_the_script_survives_being_forgotten(store: Store) -> None:
         await store.call("SCRIPT", "FLUSH")
         levels, _, _ = await run(store, {key: told(Rules(10, 0))}, [(1, 1)])
         assert levels == [left]
+
+
+async def test_what_an_unheard_call_took_of_a_budget_is_put_back(store: Store) -> None:
+    """The calls 2 and 3 may have run or not, in any order: nobody heard of them."""
+    rules = Rules(1000, 0, 10**15)
+    for unheard in ((), (2,), (3,), (2, 3), (3, 2)):
+        key = store.key("budget", f"t{unheard}")
+        lending = told(rules, kind=2, want=100)
+        levels, loans, _ = await run(store, {key: lending}, [(1, 50)], call=1)
+        assert (levels, loans) == ([850], [100])
+        for call in unheard:  # each returns what is on loan, takes 70, and borrows again
+            again = told(rules, kind=2, held=100, want=100, known=1, seq=2, charge=5)
+            await store.run(TAKE, [key], ["a", LIFE_US, call, *again, 1, 1, 1, 70])
+        levels, loans, _ = await run(store, {key: told(rules, kind=2, held=100, known=1, seq=2, charge=5)}, call=4)
+        assert (levels, loans) == ([945], [0]), unheard
+        levels, _, _ = await run(store, {key: told(rules, kind=2, known=4)}, [(1, 45)], call=5)
+        assert levels == [900]
+        levels, _, _ = await run(store, {key: told(rules, kind=2, known=5)}, call=6)
+        assert levels == [900]
