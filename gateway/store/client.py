@@ -288,8 +288,9 @@ class Store:
             return self._failed("unusable", error)
         if isinstance(error, exceptions.ConnectionError | OSError | exceptions.RedisClusterException):
             return self._failed("connection", error)
-        if not isinstance(error, exceptions.RedisError):
-            return error
+        if not isinstance(error, exceptions.RedisError):  # uvloop's RuntimeError of a transport that was just closed
+            _log.debug("the store's client failed: %s: %s", type(error).__name__, error)
+            return self._failed("connection", error)
         self._breaker.succeeded()
         self._count("reply")
         ours = StoreError(str(error))

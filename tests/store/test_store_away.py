@@ -163,3 +163,23 @@ async def test_closing_while_the_store_hangs_ends_soon(store_server: Server) -> 
     assert monotonic() - began_at < 1.5
     with pytest.raises(StoreAway):
         await task
+
+
+async def test_whatever_the_client_raises_the_store_is_away_and_comes_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvloop says of a transport that was closed a moment ago that its "handler is closed": a RuntimeError, to redis-py
+    nobody's connection.
+    """
+    assert store._requests is not None
+    client = store._requests.client
+
+    async def closed(*_: object) -> None:
+        raise RuntimeError("unable to perform operation on <UnixTransport closed=True>; the handler is closed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "execute_command", closed)
+        assert {(await ask(store))[1] for _ in range(3)} == {"connection"}
+        assert not store.up
+        await asyncio.sleep(0.7)  # the heartbeat meets it, too
+    assert await changed(store, True, 3.0) < 3.0
