@@ -241,7 +241,7 @@ class Config:
     keepalive_timeout_s: float = 30.0
     #: how long a pooled upstream connection may idle: uvicorn and llama.cpp close theirs after 5 s
     upstream_idle_s: float = 4.0
-    attempts: int = 3  # upstreams that one request may be sent to, the first included
+    attempts: int = 4  # upstreams that one request may be sent to, the first included
     policy: str = DEFAULT  # a name in POLICIES
     cache_salt: Literal["group", "key", "off"] = "group"  # whose prompts share a vLLM's prefix cache
     prefix_index_bytes: int = 64 * 1024 * 1024

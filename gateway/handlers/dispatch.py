@@ -48,7 +48,7 @@ class Dispatcher:
         transport: Transport,
         admitted: Callable[[Exchange], None] | None = None,
         *,
-        attempts: int = 3,
+        attempts: int,
         budget: RetryBudget | None = None,
         gate: Gate | None = None,
         changed: Callable[[Upstream], None] | None = None,

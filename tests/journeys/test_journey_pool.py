@@ -125,7 +125,7 @@ async def test_when_nobody_can_be_reached_the_client_hears_who_and_why() -> None
         assert "south: unreachable after" in answer.error["message"]
         assert "refused" in answer.error["message"]
         record = here.record
-        assert (record.status, record.outcome, record.attempts) == (502, "upstream_error", 3)
+        assert (record.status, record.outcome, record.attempts) == (502, "upstream_error", 4)
         assert {one.upstream for one in record.attempts_made} == {"north", "south"}
         assert {one.outcome for one in record.attempts_made} == {"unreachable"}
         assert (record.prompt_tokens, record.completion_tokens) == (None, None)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench fleet", description=__doc__)
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} (default: all)")
     parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--attempts", type=int, default=3, help="of each request, for the kills (GATEWAY_ATTEMPTS)")
+    parser.add_argument("--attempts", type=int, help="of each request, for the kills (GATEWAY_ATTEMPTS's default)")
     parser.add_argument("--seconds", type=float, help="of load, for the figures that take so long")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the JSON file (bench-results/fleet-<date>.json)")

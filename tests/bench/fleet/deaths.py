@@ -16,14 +16,15 @@ _ENGINES = 8
 _MORE_ENGINES = 16
 
 
-async def kills(count: int = 1000, seed: int = 1, attempts: int = 3) -> dict[str, Any]:
+async def kills(count: int = 1000, seed: int = 1, attempts: int | None = None) -> dict[str, Any]:
     """`count` deaths as by kill -9, each engine back after a while, beside 24 clients that stream and 8 that do not.
 
     Failed: the client got no answer. Broken: an answer without its end. Wrong: not the text of an engine left alone.
     Tokens billed twice: those in the gateway's records over what the request and its answer are.
     """
     dice = random.Random(seed)
-    async with stand(_MORE_ENGINES, "--speed", "4", GATEWAY_ATTEMPTS=str(attempts)) as here:
+    settings = {} if attempts is None else {"GATEWAY_ATTEMPTS": str(attempts)}
+    async with stand(_MORE_ENGINES, "--speed", "4", **settings) as here:
         asked: list[dict[str, Any]] = []
 
         def body(number: int) -> dict[str, Any]:
