@@ -82,7 +82,7 @@ async def test_other_servers_are_no_runtimes() -> None:
 async def test_silent_ports_cost_the_timeout_once() -> None:
     began_at = time.monotonic()
     assert await seek(*[(VLLM, ("vllm",))] * 5, faults=Faults(silent=True)) == []
-    assert 0.29 <= time.monotonic() - began_at < 0.8
+    assert 0.29 <= time.monotonic() - began_at < 1.4  # one after the other: 1.5
 
 
 async def test_closed_ports_are_no_error() -> None:

@@ -247,7 +247,7 @@ async def test_pull_relays_lines_as_they_come() -> None:
                     break
         await asyncio.sleep(0)
     assert here.exchanges[0].upstream_s >= 0.15, "time spent on Ollama is no overhead of the gateway"
-    assert arrivals[0] < 0.2
+    assert arrivals[0] < 2  # three seconds in all
     assert arrivals[3] - arrivals[0] >= 0.1
 
 
@@ -329,7 +329,7 @@ async def test_client_gone_stops_the_pull(lines_read: int) -> None:
             asking = asyncio.create_task(here.post("/pull", {"model": "smol"}))
             await asyncio.sleep(0.05)
             asking.cancel()
-        await asyncio.wait_for(replay.peer_left.wait(), 0.3)
+        await asyncio.wait_for(replay.peer_left.wait(), 2)  # six seconds in all
         assert here.exchanges[0].outcome == "client_gone"
 
 

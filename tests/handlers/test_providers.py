@@ -193,12 +193,12 @@ async def test_many_callers_cost_one_ping() -> None:
 async def test_silent_hosts_are_asked_in_parallel() -> None:
     async with Replay(VLLM, Faults(silent=True)) as replay:
         listed = [Listed(f"p{n}", (upstream(f"p{n}", replay.url),)) for n in range(8)]
-        async with front(*listed, timeout_s=0.2) as here:
+        async with front(*listed, timeout_s=0.4) as here:
             began_at = time.monotonic()
             providers = await here.ask()
             took_s = time.monotonic() - began_at
-    assert {provider["health"]["reason"] for provider in providers} == {"timed out after 0.2 s"}
-    assert took_s < 0.8
+    assert {provider["health"]["reason"] for provider in providers} == {"timed out after 0.4 s"}
+    assert took_s < 2.0
 
 
 async def test_a_fleet_too_large_for_the_time_is_answered_as_last_seen() -> None:

@@ -161,7 +161,7 @@ async def test_a_body_that_does_not_come_is_408(upstream: Scripted) -> None:
         client.writer.write(b'{"model"')
         answer = await client.rest(await client.head())
         assert_ours(answer, 408, "request_timeout")
-        assert 0.299 <= loop.time() - began_at < 0.8  # uvloop reads its clock once a turn, to the millisecond
+        assert 0.299 <= loop.time() - began_at < 2.0  # uvloop reads its clock once a turn, to the millisecond
         assert answer.header("Connection") == "close"
         assert here.record.status == 408
 

@@ -13,7 +13,22 @@ import pytest
 
 from gateway.config import Model
 from gateway.sim import Engine, SimServer
-from tests.journeys.stage import CHAT, Gateway, chat, gateway, provider, until
+from tests.journeys.stage import (
+    CHAT,
+    DONE,
+    FINISH,
+    LAST_CHUNK,
+    SSE_HEAD,
+    Gateway,
+    Scripted,
+    chat,
+    event,
+    framed,
+    gateway,
+    provider,
+    until,
+)
+from tests.replay import Seen
 
 #: about 3,000 tokens
 LONG = "The bees were moved to the upper field before the clover opened. " * 200
@@ -84,15 +99,21 @@ async def test_tools_come_before_messages_wherever_they_stand(sims: list[SimServ
 
 async def test_a_burst_on_idle_engines_spreads_evenly() -> None:
     """R1, with one and the same prompt: the hardest case for a policy that looks at prefixes."""
+    all_are_there = asyncio.Event()
+
+    async def script(seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await all_are_there.wait()
+        writer.write(SSE_HEAD + framed(event()) + framed(FINISH + DONE) + LAST_CHUNK)
+
     async with AsyncExitStack() as stack:
-        sims = [await stack.enter_async_context(SimServer(faults={"first_token_s": 0.3})) for _ in range(8)]
-        here = await stack.enter_async_context(gateway(fleet(sims)))
-        body = chat(max_tokens=2, stream=True)
-        asked = [asyncio.create_task(here.ask("POST", CHAT, body)) for _ in range(64)]
-        await until(lambda: sum(one.in_flight for one in here.app.catalog.upstreams) == 64, what="64 leases")
+        engines = [await stack.enter_async_context(Scripted(script)) for _ in range(8)]
+        here = await stack.enter_async_context(gateway(provider("fleet", *(engine.url for engine in engines))))
+        asked = [asyncio.create_task(here.ask("POST", CHAT, chat(stream=True))) for _ in range(64)]
+        await until(lambda: sum(len(engine.seen) for engine in engines) == 64, what="64 requests")
         assert all(7 <= one.in_flight <= 9 for one in here.app.catalog.upstreams)
+        assert all(7 <= len(engine.seen) <= 9 for engine in engines)
+        all_are_there.set()
         assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
-        assert all(7 <= count <= 9 for count in counts(sims))
         here.assert_idle()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-import statistics
 import time
 from contextlib import AsyncExitStack
 from typing import Any
@@ -84,8 +83,8 @@ async def test_each_event_arrives_before_the_next_is_sent(asked: bool) -> None:
         await here.settled(1)
         assert (here.record.prompt_tokens, here.record.completion_tokens) == (7, 3)
         assert not here.record.estimated
-    # upstream, gateway and client share this loop: no timer may hold an event back
-    assert statistics.median(waits) < 0.005, sorted(waits)[-5:]
+    # No timer may hold events back: each would wait for it. What a busy machine holds back are some of them.
+    assert sorted(waits)[len(waits) // 10] < 0.005, sorted(waits)[-5:]
 
 
 async def test_the_first_event_comes_with_the_head_and_no_later() -> None:

@@ -261,7 +261,7 @@ async def test_slots_are_free_again_for_all_at_once(store_server: Server) -> Non
         with pytest.raises(RateLimited, match="2/2 concurrent requests run"):
             await begin(two)
         end(one, first)
-        await until(lambda: passes(two), 0.5)
+        await until(lambda: passes(two))
         end(two, second)
 
 

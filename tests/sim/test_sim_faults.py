@@ -75,7 +75,7 @@ async def test_delays(sim: SimServer) -> None:
     ):
         began = loop.time()
         assert len((await stream(sim, faults=faults)).events) == 10
-        assert least_s <= loop.time() - began < least_s + 0.4
+        assert least_s <= loop.time() - began < least_s + 2.0
     began = loop.time()
     assert (await chat(sim, headers="x-sim-fault: slow_headers_s=0.08\r\n")).status == 200
     assert loop.time() - began >= 0.08

@@ -119,7 +119,7 @@ async def test_idle_connections_are_closed_after_keep_alive() -> None:
         await read_answer(reader)
         began = asyncio.get_running_loop().time()
         assert await reader.read() == b""
-        assert 0.04 < asyncio.get_running_loop().time() - began < 0.5
+        assert 0.04 < asyncio.get_running_loop().time() - began < 2.0  # its default is 5
         writer.close()
 
 
@@ -132,7 +132,9 @@ async def test_disconnect_frees_the_engine_at_once(streamed: bool) -> None:
         running = 'vllm:num_requests_running{engine="0",model_name="sim"} '
         assert running + "1.0" in (await ask(sim, "/metrics")).body.decode()
         writer.transport.abort()
-        assert await eventually(lambda: sim.engine.running == 0) < 0.1
+        made = sim.engine.generation_tokens_total
+        await eventually(lambda: sim.engine.running == 0)
+        assert sim.engine.generation_tokens_total < made + 100
         assert running + "0.0" in (await ask(sim, "/metrics")).body.decode()
         assert (sim.aborted, sim.engine.kv_usage) == (1, 0.0)
         assert sim.requests[0].closed_at is not None
@@ -151,8 +153,9 @@ async def test_paced_engine_streams_token_by_token() -> None:
             if b'"content":"' in line and b"role" not in line:
                 times.append(loop.time() - began)
         assert len(times) == 10
-        assert 0.05 <= times[0] < 0.15
-        assert 0.05 + 9 * 0.02 <= times[-1] < 0.6
+        assert times[0] >= 0.05
+        assert times[-1] >= 0.05 + 9 * 0.02
+        assert times[-1] - times[0] > 0.05, "not all at the end"
         writer.close()
 
 
@@ -221,7 +224,7 @@ async def test_demo_engine_says_what_it_is_and_can_be_seen_streaming() -> None:
         reply = await stream(sim, max_tokens=20)
         took = asyncio.get_running_loop().time() - began
         assert reply.text.startswith("This is a simulated engine, not a language model")
-        assert 15 < 19 / (took - 0.05) < 45
+        assert 5 < 19 / (took - 0.05) < 45, "tokens a second"
 
 
 async def test_tls(tmp_path: Path) -> None:

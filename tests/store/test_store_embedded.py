@@ -69,7 +69,7 @@ async def got(store: Store) -> object:
 async def test_it_starts_soon_keeps_what_was_written_and_leaves_nothing_running(tmp_path: Path) -> None:
     began_at = monotonic()
     async with running(tmp_path) as (store, server):
-        assert monotonic() - began_at < 0.5
+        assert monotonic() - began_at < 3.0
         assert store.up
         assert servers(tmp_path) == [server.pid]
         assert await store.call("SET", store.key("kept"), "1") is True

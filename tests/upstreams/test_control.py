@@ -360,10 +360,11 @@ async def test_stream_gives_the_bytes_and_leaving_closes_the_upstream(control) -
             while piece := await stream.piece():
                 body += piece
         assert body == routes["POST", "/api/pull"][0].body
-        replay.peer_left.clear()
+    async with Replay(routes, Faults(line_s=0.1)) as replay:  # six seconds in all
+        upstream = at(replay.url, "ollama")
         async with control.open_stream(upstream, "/api/pull", {}, connect_s=1, idle_s=1) as stream:
             await stream.piece()
-        await asyncio.wait_for(replay.peer_left.wait(), 0.5)
+        await asyncio.wait_for(replay.peer_left.wait(), 2)
 
 
 async def read_all(control: Control, url: str, idle_s: float) -> bytes:

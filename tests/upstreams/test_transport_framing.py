@@ -189,8 +189,9 @@ async def test_what_is_no_answer_is_a_broken_upstream_at_once(name: str) -> None
         (b"HTTP/1.1 100 Continue\r\n\r\n" * 4000, "head"),
         (b"HTTP/1.1 200 " + b"k" * 4 * MAX_HEAD_BYTES, "head"),
         (b"\r\n" * MAX_HEAD_BYTES, "head"),
-        (CHUNKED + b"2\r\nhi\r\n0\r\nX-Endless: " + b"a" * 4 * MAX_HEAD_BYTES, "trailers"),
-        (CHUNKED + b"2\r\nhi\r\n0\r\n" + b"X-Many: 1\r\n" * 20000, "trailers"),
+        # what comes in one read with the last piece of body, a quarter of a MiB at most, is not counted
+        (CHUNKED + b"2\r\nhi\r\n0\r\nX-Endless: " + b"a" * 6 * MAX_HEAD_BYTES, "trailers"),
+        (CHUNKED + b"2\r\nhi\r\n0\r\n" + b"X-Many: 1\r\n" * 40000, "trailers"),
         (CHUNKED + b"2\r\nhi\r\n5;" + b"e" * 6 * MAX_HEAD_BYTES, "trailers"),
         (CHUNKED + b"0" * 6 * MAX_HEAD_BYTES, "trailers"),
     ],

@@ -129,9 +129,9 @@ async def test_a_handshake_that_never_ends_is_the_connect_timeout(contexts: Cont
         began_at = monotonic()
         with pytest.raises(UpstreamUnreachable, match="connect timeout") as raised:
             await exchange(transport, one)
-        assert 0.19 < monotonic() - began_at < 0.5
+        assert 0.19 < monotonic() - began_at < 1.2
         assert raised.value.status == 504
-        await until(lambda: server.open == 0, 0.3)
+        await until(lambda: server.open == 0)
 
 
 @pytest.mark.parametrize(
