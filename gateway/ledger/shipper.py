@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import logging
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from time import monotonic, time
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -202,10 +202,9 @@ class Shipper:
         now = monotonic()
         if now >= self._adopt_at:
             self._adopt_at = now + ADOPT_EVERY_S
-            for adopted in await asyncio.to_thread(_adopt, self._journal.root):
-                self._adopted.append(_Source(adopted.folder, adopted))
+            await _whole(self._adopt)
             if self._store is None:
-                await asyncio.to_thread(self._fold)
+                await _whole(self._fold)
         if self._store is None or not self._store.up:
             return
         if self._own.mark < 0 or self._journal.position != self._own.read:
@@ -221,6 +220,18 @@ class Shipper:
                 _log.error("the journal %s cannot be shipped now: %s", source.folder.name, error)
                 source.adopted.release()  # and is adopted again
                 self._adopted.remove(source)
+
+    def _adopt(self) -> None:
+        """Take over the journals that nobody writes any more."""
+        for adopted in adopt(self._journal.root):
+            try:
+                folded.trim(self._journal.root, adopted.folder)
+                adopted.finish()
+            except (OSError, ValueError) as error:
+                _log.error("the journal %s cannot be recovered now: %s", adopted.folder.name, error)
+                adopted.release()
+            else:
+                self._adopted.append(_Source(adopted.folder, adopted))
 
     def _fold(self) -> None:
         """Fold the oldest segments that this process may, until all journals together are small enough."""
@@ -378,23 +389,21 @@ class Shipper:
             return False
         assert source.adopted is not None
         assert self._store is not None
-        await asyncio.to_thread(source.adopted.remove)
+        await _whole(source.adopted.remove)
         await self._store.call("HDEL", marks_key(self._store), source.folder.name, timeout_s=CALL_S)
         return True
 
 
-def _adopt(root: Path) -> list[Adopted]:
-    found = []
-    for adopted in adopt(root):
-        try:
-            folded.trim(root, adopted.folder)
-            adopted.finish()
-        except (OSError, ValueError) as error:
-            _log.error("the journal %s cannot be recovered now: %s", adopted.folder.name, error)
-            adopted.release()
-        else:
-            found.append(adopted)
-    return found
+async def _whole(do: Callable[[], None]) -> None:
+    """Run `do` in a thread, to its end also when we are cancelled: a lock that it takes must come to us, to be given
+    back, and none be given back under it.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(do))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait((running,))
+        raise
 
 
 def read_batch(folder: Path, after: int, limit: int = BATCH, *, until: int | None = None) -> Batch:

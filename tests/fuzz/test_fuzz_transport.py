@@ -46,7 +46,10 @@ class Wire:
         return 0
 
     def get_extra_info(self, name: str) -> Any:
-        return None
+        return self if name == "socket" else None
+
+    def setsockopt(self, *option: int) -> None:
+        pass
 
     def pause_reading(self) -> None:
         pass
