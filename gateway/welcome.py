@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import sys
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from gateway.catalog import Catalog
 from gateway.config import Config, Listen, Model, Provider
 from gateway.detect import Found, detect, table
 from gateway.upstreams.control import Control
 
+PROGRAM = "llm-gateway"
 DEMO_NOTE = (
     "No runtime was found on this machine, so the provider `demo` answers: a SIMULATED engine that is part of the\n"
     "gateway. Its text is made up, no model runs. Start Ollama, vLLM, llama.cpp, LocalAI, LiteLLM or LM Studio and\n"
@@ -84,11 +88,11 @@ def greeting(furnished: Furnished, catalog: Catalog, listen: Listen, metrics: Li
     if key is not None:
         parts.append(
             "Your API key, shown only now (its hash is kept). It has the role `admin`, which makes and revokes keys:\n"
-            f"keep it to yourself, and give others one of `llm-gateway keys create NAME`.\n\n    {key}"
+            f"keep it to yourself, and give others one of `{_program()} keys create NAME`.\n\n    {key}"
         )
     model = next(iter(catalog.table.pools), None)
     if model is None:
-        parts.append("No model can be asked yet: `llm-gateway check` shows the configuration.")
+        parts.append(f"No model can be asked yet: `{_program()} check` shows the configuration.")
     else:
         request = f'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
         parts.append(
@@ -101,6 +105,12 @@ def greeting(furnished: Furnished, catalog: Catalog, listen: Listen, metrics: Li
             f"    export OPENAI_API_KEY={key or 'your-key'}"
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _program() -> str:
+    """How a shell finds this program: `make run` has it in `.venv/bin`, which is in nobody's PATH."""
+    called = Path(sys.argv[0])
+    return str(called) if called.name == PROGRAM and shutil.which(PROGRAM) is None else PROGRAM
 
 
 def _provider(found: Found) -> Provider:
