@@ -29,6 +29,8 @@ class GatewayError(Exception):
     code = "internal_error"
     #: who is to blame, for metrics and records: "client", "gateway" or "upstream"
     blame = "gateway"
+    #: the upstream's own code, which the client is told in place of ours; no record and no metric has it
+    told_code: str | None = None
 
     def __init__(
         self,
@@ -206,7 +208,7 @@ def render(
         if used is not None:
             inner |= {"retry": error.retry, "usage": {"input_tokens": used[0], "output_tokens": used[1]}}
         return orjson.dumps({"type": "error", "error": inner, "request_id": request_id})
-    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
+    inner = {"message": error.message, "type": error.type, "param": error.param, "code": error.told_code or error.code}
     if used is not None:
         counts = {"prompt_tokens": used[0], "completion_tokens": used[1], "total_tokens": sum(used)}
         inner |= {"retry": error.retry, "usage": counts}
@@ -243,7 +245,8 @@ def _response_failed(error: GatewayError, request_id: str, used: tuple[int, int]
         response |= document["response"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         pass
-    response |= {"status": "failed", "error": {"code": error.code, "message": error.message, "retry": error.retry}}
+    code = error.told_code or error.code
+    response |= {"status": "failed", "error": {"code": code, "message": error.message, "retry": error.retry}}
     if used is not None:
         response["usage"] = {"input_tokens": used[0], "output_tokens": used[1], "total_tokens": sum(used)}
     return b"event: response.failed\ndata: %b\n\n" % orjson.dumps({"type": "response.failed", "response": response})

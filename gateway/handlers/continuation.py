@@ -105,7 +105,7 @@ class Continuation:
         self._sent_at = reply.sent_at
         self._prompt: int | None = None  # the prompt's tokens, where they were reported
         self.spoken = Spoken()
-        self.reason = ""  # why nobody goes on
+        self.reason = ""  # why nobody goes on, for the client: it may have an upstream's words
 
     def feed(self, meter: Meter) -> Callable[[bytes, float], bytes]:
         """`meter.feed`, and what it lets through is kept; an error that the upstream reports is not let through."""
@@ -223,12 +223,11 @@ class Continuation:
         broken.__traceback__ = None  # its frames hold the request: a cycle
         exchange = self._exchange
         _log.warning(
-            "%s broke off after %d tokens (%s): %s%s",
+            "%s broke off after %d tokens (%s): %s",
             exchange.id,
             self.spoken.tokens,
-            broken.message,
+            broken.code,
             f"joined by {exchange.upstream}" if outcome == "joined" else outcome,
-            f", {self.reason}" if self.reason else "",
         )
 
 

@@ -98,5 +98,5 @@ def _take_words(error: GatewayError, body: bytes) -> None:
         return
     error.message = told["message"]
     error.type = told["type"] if isinstance(told.get("type"), str) else error.type
-    error.code = told["code"] if isinstance(told.get("code"), str) else error.code
+    error.told_code = told["code"] if isinstance(told.get("code"), str) else None
     error.param = told["param"] if isinstance(told.get("param"), str) else None

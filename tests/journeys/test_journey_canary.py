@@ -34,6 +34,15 @@ def asked(**more: Any) -> dict[str, Any]:
     return {"model": SIM_MODEL, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 6, **more}
 
 
+#: an engine that fails after its first word, and says more of it than it should
+BROKEN = (
+    b'data: {"id":"x","object":"chat.completion.chunk","created":1,"model":"sim","choices":[{"index":0,"delta":'
+    b'{"role":"assistant","content":"Once"},"finish_reason":null}]}\n\n'
+    b'data: {"error":{"message":"%b","type":"server_error","code":500}}\n\n' % ANSWER.encode()
+)
+
+SAID = json.dumps({"error": {"message": ANSWER, "type": ANSWER, "param": ANSWER, "code": ANSWER}})
+
 #: what may become of a request, and the body of one
 WAYS: list[tuple[Faults, dict[str, Any]]] = [
     (Faults(), asked()),
@@ -48,6 +57,8 @@ WAYS: list[tuple[Faults, dict[str, Any]]] = [
     (Faults(status=500, body=json.dumps({"error": ANSWER})), asked()),
     (Faults(body=json.dumps({"error": {"message": ANSWER}})), asked()),
     (Faults(body=f"data: {ANSWER}\n\n", content_type="text/event-stream"), asked(stream=True)),
+    (Faults(body=BROKEN, content_type="text/event-stream"), asked(stream=True)),
+    (Faults(first_token_s=0.2, slow_headers_s=0.2, status=400, body=SAID), asked(stream=True)),
     (Faults(body=ANSWER, bad_headers="control"), asked()),
     (Faults(headers=[("X-Odd", ANSWER), ("Content-Type", ANSWER)]), asked()),
     (Faults(reset=True), asked()),
@@ -123,6 +134,7 @@ async def test_no_secret_no_prompt_and_no_answer_is_found_anywhere(
             oidc_issuer=issuer.url,
             oidc_audience=(AUDIENCE,),
             oidc_grants=(Grant(),),
+            comment_s=0.05,
             upstream_idle_s=0.5,
         ) as here,
     ):
