@@ -18,6 +18,8 @@ from gateway.wire.tokens import UNREADABLE, read
 
 #: relayed bytes that are kept before their text is read out of them: some forty events
 UNREAD_BYTES: Final = 8 * 1024
+#: the same at the beginning, which is read event by event
+FIRST_BYTES: Final = 768
 #: of text that is kept: some 64,000 tokens. Memory is for many streams, and a client that reads slowly holds much, too.
 TEXT_BYTES: Final = 256 * 1024
 

@@ -18,7 +18,7 @@ from gateway.catalog import Offer
 from gateway.continuation.joint import Joint, ending
 from gateway.continuation.meter import JoinedMeter
 from gateway.continuation.request import Finished, continuable, for_the_rest, stop_strings
-from gateway.continuation.spoken import UNREAD_BYTES, Spoken, before_error, to_tell
+from gateway.continuation.spoken import FIRST_BYTES, UNREAD_BYTES, Spoken, before_error, to_tell
 from gateway.errors import GatewayError, UpstreamError, UpstreamGivenUp, UpstreamInterrupted
 from gateway.exchange import Exchange
 from gateway.handlers.resolve import Plan
@@ -113,7 +113,7 @@ class Continuation:
         spoken = self.spoken
         unread = spoken.unread
         keep = unread.append
-        unread_bytes = 0
+        unread_bytes = UNREAD_BYTES - FIRST_BYTES  # so soon is it learnt how the events look
 
         def feed(data: bytes, now: float) -> bytes:
             nonlocal unread_bytes

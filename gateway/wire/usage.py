@@ -22,6 +22,12 @@ _TYPE: Final = re.compile(
     rb'"type"\s*:\s*"(response\.[\w.]+|content_block_\w+|message_(?:start|delta|stop)|ping|error)"'
 )
 
+#: the rest of a JSON string, but for its closing quote
+_WORDS: Final = re.compile(rb'[^"\\]*(?:\\.[^"\\]*)*(?=")')
+#: of events that are longer than this, what stands around their words is not kept
+_ALIKE_BYTES: Final = 2048
+_NEVER: Final = 1 << 62
+
 _ENDS: Final = frozenset({b"message_stop", b"response.completed", b"response.incomplete"})
 
 
@@ -45,7 +51,19 @@ class SseMeter(PieceMeter):
     still follow the event before it.
     """
 
-    __slots__ = ("_needle", "_plain", "_prefix", "_skip", "begun")
+    __slots__ = (
+        "_after",
+        "_before",
+        "_learn_at",
+        "_learnt_at",
+        "_least",
+        "_needle",
+        "_plain",
+        "_prefix",
+        "_skip",
+        "_words_end",
+        "begun",
+    )
 
     _splitter: SseSplitter
 
@@ -57,25 +75,29 @@ class SseMeter(PieceMeter):
         self._prefix = b"\0"
         self._needle = b"\0"
         self._skip = 1
+        # What stands before and after the words of the last of them that was looked at, its "\n\n" included; and, in
+        # events, when that was, and from when on it may be learnt anew.
+        self._before = self._after = b""
+        self._least = _NEVER
+        self._words_end = 0
+        self._learnt_at = self._learn_at = 0
 
     def feed(self, data: bytes, now: float) -> bytes:
+        if (
+            len(data) > self._least
+            and data.startswith(self._before)
+            and data.endswith(self._after)
+            and data.find(b'"', len(self._before), self._words_end) < 0
+            and self._plain
+        ):
+            # Most reads of most streams: one event, which differs from the one before in its words alone. (Two would
+            # have quotes between.)
+            self.events += 1
+            self.last_content_at = now
+            return data
         if self._plain and 13 not in data and data.endswith(b"\n\n"):
             last = len(data) - 2
             if data.find(b"\n") == last or data.find(b"\n\n") == last:  # one event; a single byte is found faster
-                # Most reads of most streams: one event like the one before. Counted here, without a further call;
-                # rfind, because for needles of this length CPython's is twice as fast as find and `in`.
-                if (
-                    self.first_content_at
-                    and data.startswith(self._prefix)
-                    and (at := data.rfind(self._needle)) >= 0
-                    and data[at + self._skip] != 34
-                    and data.rfind(b'"finish_reason":"') < 0
-                    and data.rfind(b'"finish_reason": "') < 0
-                    and data.rfind(b'"usage"') < 0
-                ):
-                    self.events += 1
-                    self.last_content_at = now
-                    return data
                 return b"" if self._piece(data, now) and self._strip else data
             events = data.split(b"\n\n")
             if events.pop():  # an empty line more than an event's end
@@ -102,14 +124,19 @@ class SseMeter(PieceMeter):
                 if not self.first_content_at:
                     self.first_content_at = now
                 # rfind: for needles of this length CPython's is twice as fast as find and `in`
+                more = False
                 if (
                     piece.rfind(b'"finish_reason":"') >= 0 or piece.rfind(b'"finish_reason": "') >= 0
                 ) and _FINISH.search(piece) is not None:
                     self._end()
+                    more = True
                 if piece.rfind(b'"usage"') >= 0 and piece.rfind(b'"usage":null') < 0:
                     report = read(parse_event(piece)[1])
                     if report is not None:
                         self._report(report)
+                    more = True
+                if not more and self.events >= self._learn_at:
+                    self._learn_words(piece, at + self._skip)
                 return False
         return self._read(piece, now)
 
@@ -163,6 +190,24 @@ class SseMeter(PieceMeter):
             return
         self._needle = content[0]
         self._skip = len(self._needle)
+
+    def _learn_words(self, event: bytes, words_at: int) -> None:
+        """Remember what stands around the words of an event that has nothing but words in it.
+
+        Where that did not last (several choices in turn, a number in each event), it is learnt more and more rarely.
+        """
+        gap = self._learn_at - self._learnt_at
+        lasted = self.events - self._learnt_at > 2 * gap
+        self._learnt_at = self.events
+        self._learn_at = self.events + (1 if lasted else min(2 * gap, 256))
+        found = _WORDS.match(event, words_at) if len(event) <= _ALIKE_BYTES and 13 not in event else None
+        if found is None:
+            self._least = _NEVER
+            return
+        self._before = event[:words_at]
+        self._after = event[found.end() :].rstrip(b"\n") + b"\n\n"
+        self._words_end = -len(self._after)
+        self._least = len(self._before) + len(self._after)
 
 
 def new_meter(content_type: str | bytes, strip_usage: bool = False) -> SseMeter | NdjsonMeter | JsonMeter:

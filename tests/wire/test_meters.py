@@ -227,6 +227,49 @@ def test_any_split_of_any_stream(cuts: list[int], newline: bytes, strip: bool, d
         assert expected.strip(b"\r\n").replace(newline, b"") == b"".join(lone).replace(b"\n", b"")
 
 
+_WORDS = [
+    "a",
+    " b",
+    "ä",
+    'a "quote"',
+    "back\\",
+    '\\"',
+    '"},"finish_reason":"stop","x":{"',
+    "\n\n",
+    "[DONE]",
+    '"usage":{}',
+]
+_ENDS: list[dict[str, Any]] = [
+    chat({"content": "end"}, "stop"), chat({}, "stop"), chat({"content": "c"}, usage=USAGE), chat({"content": ""}),
+    chat({"content": "d"}, created=2), {"id": "x", "choices": [], "usage": USAGE}, {"error": {"message": "boom"}},
+]  # fmt: skip
+
+
+@given(
+    st.lists(st.sampled_from(_WORDS), min_size=1, max_size=12),
+    st.lists(st.one_of(st.sampled_from(_ENDS), st.sampled_from(_WORDS)), max_size=8),
+    st.integers(1, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_events_like_the_one_before_are_read_as_if_each_were_the_first(
+    words: list[str], more: list[Any], at_once: int
+) -> None:
+    events = [sse(chat({"content": one}) if isinstance(one, str) else one) for one in [*words, *more]]
+    meter = SseMeter(strip_usage=True)
+    out = b""
+    for at in range(0, len(events), at_once):
+        out += meter.feed(b"".join(events[at : at + at_once]), 1.0)
+    alone = []
+    for event in events:  # read by a meter that has learnt nothing
+        alone.append(SseMeter(strip_usage=True))
+        alone[-1].feed(event, 1.0)
+    assert out == b"".join(event for event in events if event != TRAILING)
+    assert meter.events == sum(one.events for one in alone)
+    assert (meter.usage is None) is all(one.usage is None for one in alone)
+    assert meter.error == next((one.error for one in alone if one.error), None)
+    assert meter.finished is (meter.error is None and any(one.finished for one in alone))
+
+
 @given(st.lists(st.binary(max_size=60), max_size=12), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_any_bytes_pass_untouched(pieces: list[bytes], strip: bool) -> None:
