@@ -17,6 +17,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import gateway
 from gateway.app import App
 from gateway.config.model import Config
 from gateway.config.settings import CONFIG_VARIABLE, SETTINGS
@@ -105,6 +106,15 @@ def test_pyproject_holds_only_what_cannot_stand_in_setup_cfg() -> None:
     pyproject = tomllib.loads(text("pyproject.toml"))
     assert set(pyproject) == {"build-system", "tool"}
     assert set(pyproject["tool"]) == {"ruff"}
+
+
+def test_the_map_has_every_room() -> None:
+    """`gateway/__init__.py` is the map; a room is a module or a package directly below it."""
+    listed = set(re.findall(r"\b[a-z_]+\b", (gateway.__doc__ or "").partition("Imports go downwards")[0]))
+    rooms = {
+        path.stem for path in (ROOT / "gateway").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms - listed == {"__init__"}
 
 
 # --- make and scripts
@@ -201,6 +211,17 @@ def test_links_lead_somewhere(path: str) -> None:
         assert there.exists(), target
         headings = re.findall(r"(?m)^#+ (.+)$", there.read_text()) if anchor else []
         assert not anchor or anchor in {re.sub(r"[^a-z0-9 -]", "", one.lower()).replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/fleet.md", "docs/decisions.md", "CHANGELOG.md", "LICENSES.md"])
+def test_files_and_modules_that_are_named_exist(path: str) -> None:
+    """Rooms' files are named with or without `gateway/` before them."""
+    page = text(path)
+    files = re.findall(r"`([a-z_]+/[\w./-]+\.(?:py|md|yaml|yml|sh|lua))`", page)
+    modules = [name.replace(".", "/") for name in re.findall(r"python -m ([a-z_]+[a-z_.]*[a-z])", page)]
+    there = [ROOT, ROOT / "gateway"]
+    assert [name for name in files if not any((top / name).exists() for top in there)] == []
+    assert [name for name in modules if not (ROOT / f"{name}.py").exists() and not (ROOT / name).is_dir()] == []
 
 
 def test_decisions_are_numbered_without_gaps() -> None:
