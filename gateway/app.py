@@ -135,6 +135,7 @@ class App:
             policy=config.policy,
             salted=config.cache_salt,
             hedge_after_s=config.hedge_after_s,
+            table=lambda: self.catalog.table,
         )
         self.metrics.retries = lambda: self.dispatcher.retries
         self.metrics.attempt_failures = self.dispatcher.failures

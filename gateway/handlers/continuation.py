@@ -80,8 +80,8 @@ class Continuation:
         "_default",
         "_dispatch",
         "_exchange",
+        "_models",
         "_plan",
-        "_pool",
         "_prompt",
         "_sent_at",
         "_unasked",
@@ -99,7 +99,7 @@ class Continuation:
         self._plan = plan
         self._dispatch = dispatch
         self._chat = chat
-        self._pool = dispatch.tier  # another model's engines are another voice
+        self._models = {offer.model.name for offer in dispatch.tier}  # another model's engines are another voice
         self._unasked = runtime.continues == "always"
         self._default = None if chat else runtime.completion_tokens
         self._sent_at = reply.sent_at
@@ -177,13 +177,9 @@ class Continuation:
             self._ended("failed", broken)
             return None
         finally:
+            self._exchange.first_byte_at = first_byte_at
             if commented:
                 self._comments.end(self._exchange)
-        if reply.status != 200 or not _events(reply):
-            self.reason = f"{self._exchange.upstream} answered {reply.status} to being asked for the rest"
-            self._ended("failed", broken)
-            return None
-        self._exchange.first_byte_at = first_byte_at
         self._exchange.continued += 1
         reply.sent_at = self._sent_at  # the deadline for all of it began then
         self._ended("joined", broken)
@@ -202,7 +198,7 @@ class Continuation:
 
     def _can(self, offer: Offer) -> bool:
         """Whether this upstream can be asked for the rest."""
-        if offer not in self._pool or not _goes_on(offer):
+        if offer.model.name not in self._models or not _goes_on(offer):
             return False
         # A completion without a length gets the runtime's own: that must be the one it began with.
         same = self._chat or offer.upstream.runtime.completion_tokens == self._default

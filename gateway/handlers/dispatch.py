@@ -15,13 +15,13 @@ from time import monotonic
 from types import TracebackType
 from typing import Any
 
-from gateway.catalog import Offer
-from gateway.errors import NoCapacity, UpstreamError
+from gateway.catalog import Offer, Table
+from gateway.errors import GatewayError, NoCapacity, UpstreamError
 from gateway.exchange import Attempt, Exchange
 from gateway.handlers.asking import CACHED, CacheSalt, ask_for, cache_salt
 from gateway.handlers.gate import Gate
 from gateway.handlers.hedge import Rival, answered, drop, failure
-from gateway.handlers.resolve import Plan
+from gateway.handlers.resolve import Plan, renew
 from gateway.handlers.verdict import exhausted, fault_of, nobody
 from gateway.handlers.wording import patched, request_head
 from gateway.routing.eligible import eligible, well
@@ -40,7 +40,7 @@ class Dispatcher:
     `admitted` is told of each attempt before the upstream is asked, `changed` when an upstream was ejected or came
     back, `doubted` when one may be gone and should be probed now. `retries` counts the attempts after the first,
     `failures` those that failed, by outcome. `hedge_after_s`: a second upstream is asked as well when the first has
-    said nothing for so long; None: never.
+    said nothing for so long; None: never. `table`: what can be asked for now, where that changes.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Dispatcher:
         policy: str = DEFAULT,
         salted: CacheSalt = "group",
         hedge_after_s: float | None = None,
+        table: Callable[[], Table] | None = None,
     ) -> None:
         self._transport = transport
         self.admitted = admitted
@@ -67,6 +68,7 @@ class Dispatcher:
         self.policy = policy
         self.salted: CacheSalt = salted
         self.hedge_after_s = hedge_after_s
+        self.table = table
         self.retries = 0
         self.failures: dict[str, int] = {}
 
@@ -152,7 +154,7 @@ class Dispatch:
 
         Counts as one of the request's attempts; no part of the retry budget, for it gives no engine work that another
         still has. The same upstream is asked where no other can be and it may be back (`Rule.again`). Raises
-        `UpstreamError` if it fails, too, or NoCapacity if nobody is left.
+        `UpstreamError` if it fails, too, or NoCapacity if nobody is left, or who was asked did not begin a stream.
         """
         self._note(broken.outcome, monotonic())
         self._leave(broken.outcome)
@@ -167,7 +169,11 @@ class Dispatch:
             ready = self._ready(monotonic())
         if not ready:
             raise NoCapacity("no upstream can go on with this answer")
-        return await self._send(ready, Body.parse(body))
+        reply = await self._send(ready, Body.parse(body))
+        if reply.status == 200 and reply.streaming:
+            return reply
+        self._leave("")  # it answered: what broke was another
+        raise NoCapacity(f"{self._exchange.upstream} answered {reply.status} to being asked for the rest")
 
     async def _send(self, ready: Sequence[Offer], asked: Body) -> Reply:
         """Attempts, one after the other, until one begins to answer. Raises when no more may be made."""
@@ -256,11 +262,8 @@ class Dispatch:
                         self._overtaken(first, rival)
                         kept = rival.task
                         return kept.result()
-                now = monotonic()
-                fault = failure(rival.task, rival.offer)
-                outcome = "outrun" if fault is None else fault.outcome
-                self._dispatcher.failed(rival.offer.upstream, outcome, now)
-                self._made(rival.attempt(outcome, now))
+                self._lost(rival)
+                rival = None
             await asyncio.wait((first,))
             kept = first
             return kept.result()
@@ -268,8 +271,8 @@ class Dispatch:
             if kept is not first:
                 drop(first)
             if rival is not None and kept is not rival.task:
-                drop(rival.task)
-                rival.lease.release(monotonic())
+                self._dispatcher.failed(rival.offer.upstream, "client_gone", monotonic())
+                rival.drop(monotonic())
 
     def _rival(self, asked: Body) -> Rival | None:
         """A second attempt, begun; None if none may be made, or nobody else has room."""
@@ -280,20 +283,37 @@ class Dispatch:
         others = list(self._dispatcher.gate.room(others)) if others else []
         if not others or exchange.attempts >= self._dispatcher.attempts or not self._dispatcher.budget.take(now):
             return None
-        kept = self._lease, self._plan.strip_usage, exchange.route_reason
-        foretold = exchange.ttft_predicted_s, exchange.believed_cached
+        kept = self._lease, exchange.route_reason, exchange.ttft_predicted_s, exchange.believed_cached
         offer = self._choose(others, now)
-        assert self._lease is not None
         lease = self._lease
-        body = patched(self._plan, offer, asked)
-        head = request_head(self._plan, offer, exchange.id, len(body))
-        strip_usage = self._plan.strip_usage
-        self._lease, self._plan.strip_usage, exchange.route_reason = kept
-        exchange.ttft_predicted_s, exchange.believed_cached = foretold
+        self._lease, exchange.route_reason, exchange.ttft_predicted_s, exchange.believed_cached = kept
+        assert lease is not None
+        strips = self._plan.strip_usage
+        try:
+            body = patched(self._plan, offer, asked)
+            head = request_head(self._plan, offer, exchange.id, len(body))
+        except GatewayError:  # it has no such route: that is no fault of the first
+            lease.release(now)
+            return None
+        finally:
+            strip_usage, self._plan.strip_usage = self._plan.strip_usage, strips
+        if not offer.upstream.breaker.clear:
+            offer.upstream.breaker.chosen(now)
         exchange.attempts += 1
         self._dispatcher.retries += 1
         task = asyncio.create_task(self._transport.send(offer.upstream, head, body), name="hedged attempt")
         return Rival(offer, lease, task, now, strip_usage)
+
+    def _lost(self, rival: Rival) -> None:
+        """The first answers, or `rival` has failed: what it held is given back now, not when the first has ended."""
+        now = monotonic()
+        fault = failure(rival.task, rival.offer)
+        outcome = "outrun" if fault is None else fault.outcome
+        self._dispatcher.failed(rival.offer.upstream, outcome, now)
+        self._made(rival.attempt(outcome, now))
+        if fault is not None:
+            self._tried = (*self._tried, rival.offer.upstream)
+        rival.drop(now)
 
     def _overtaken(self, first: asyncio.Task[Reply], rival: Rival) -> None:
         """`rival` answers in place of the first."""
@@ -328,7 +348,17 @@ class Dispatch:
     # -- whom to ask ------------------------------------------------------------------------------------------------
 
     def _ready(self, now: float) -> Sequence[Offer]:
-        """The offers to choose from: of the first tier where one is thought well, else of the first that has any."""
+        """The offers to choose from; of hosts that are served no more only if no other is."""
+        ready = self._among_tiers(now)
+        if not ready or ready[0].upstream.retired:  # all of them: they count as gone, and are the last to be asked
+            table = self._dispatcher.table
+            if table is not None and renew(self._exchange, self._plan, table()):
+                self._tier = 0
+                ready = self._among_tiers(now)
+        return ready
+
+    def _among_tiers(self, now: float) -> Sequence[Offer]:
+        """Of the first tier where one is thought well, else of the first that has any."""
         last = len(self._plan.tiers) - 1
         ready = self._of(self._tier, now)
         if self._tier == last or (ready and well(ready, now)):

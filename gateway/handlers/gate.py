@@ -253,8 +253,9 @@ class Gate:
         self._timer = asyncio.get_running_loop().call_later(max(0.001, min(TICK_S, soonest_s)), self._tick)
 
     def _look(self, group: Group, now: float) -> None:
-        """Who of the group's tier may be asked now? Its turns wait for those."""
-        places = frozenset(offer.upstream for offer in eligible(group.tier, group.tried, now))
+        """Who of the group's tier may be asked now? Its turns wait for those. If they were all replaced, others may."""
+        offers = eligible(group.tier, group.tried, now)
+        places = frozenset(offer.upstream for offer in offers if not offer.upstream.retired)
         if places != group.places:
             group.places = places
             for turn in list(group.turns):

@@ -26,6 +26,10 @@ class Rival:
     def attempt(self, outcome: str, now: float) -> Attempt:
         return Attempt(self.offer.upstream.name, outcome, round(now - self.sent_at, 6))
 
+    def drop(self, now: float) -> None:
+        drop(self.task)
+        self.lease.release(now)
+
 
 def failure(task: asyncio.Task[Reply], offer: Offer) -> UpstreamError | None:
     """What went wrong with an attempt that has ended; None for an answer, and while it runs."""

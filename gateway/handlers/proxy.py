@@ -84,8 +84,8 @@ class Proxy:
         waiting = admit(self._limiter, exchange, plan) if surface.billable else None
         if waiting is not None:
             await waiting
-        commented = self._comments.begin(request, exchange, plan)
         dispatch = self._dispatcher.dispatch(exchange, plan)
+        commented = self._comments.begin(request, exchange, plan)
         try:
             async with dispatch as reply:
                 if commented:

@@ -55,11 +55,13 @@ class Plan:
         "headers",
         "native",
         "operation",
+        "provider",
         "remove",
         "replace",
         "session",
         "strip_usage",
         "tiers",
+        "tools",
     )
 
     def __init__(self, body: Body, tiers: Tiers, operation: str, native: str) -> None:
@@ -73,6 +75,8 @@ class Plan:
         self.remove: tuple[str, ...] = ()
         self.cache_salt = ""  # of the tenant, for runtimes that know such a thing
         self.session = ""  # as a header named it
+        self.provider: str | None = None  # that the client asked for
+        self.tools = False  # only models that support them
         self.strip_usage = False  # set by dispatch: we asked for a usage chunk that the client did not
 
     @property
@@ -167,18 +171,17 @@ def resolve(
     if tiers is None:
         raise _unknown(name, provider, table, exchange.principal)
     principal = exchange.principal
-    if principal is not None and principal.models is not None:
-        if not any(principal.may_use(model.name) for model in pools.models[name]):
-            raise Forbidden(f"this key may not use {name!r}", param="model", code="model_not_allowed")
-        tiers = _kept(tiers, lambda offer: principal.may_use(offer.model.name))
-    elif not tiers[0]:
-        tiers = tiers[1:]
+    may_use = None if principal is None or principal.models is None else principal.may_use
+    if may_use is not None and not any(may_use(model.name) for model in pools.models[name]):
+        raise Forbidden(f"this key may not use {name!r}", param="model", code="model_not_allowed")
+    tiers = _allowed(tiers, principal)
     if not tiers:
         raise NoCapacity(f"no host that serves {name!r} is known now", param="model", retry_after_s=HOSTLESS_S)
     if surface.operation not in OPENAI_PATHS:  # not every runtime has it
         tiers = _having(tiers, surface.operation, exchange.path, name)
     plan = Plan(body, tiers, surface.operation, surface.native)
     plan.billable = surface.billable
+    plan.provider = provider
     plan.headers = request_headers(request.raw_headers)
     if principal is not None:
         exchange.rank = principal.rank(request.headers.get(PRIORITY))
@@ -211,6 +214,29 @@ def _having(tiers: Tiers, operation: str, path: str, name: str) -> Tiers:
     return left
 
 
+def renew(exchange: Exchange, plan: Plan, table: Table) -> bool:
+    """Choose the offers anew, for a request that has outlived those it was given: hosts come and go while it waits.
+    False if there are no others, and the plan is what it was.
+    """
+    pools = table.pools if plan.provider is None else table.by_provider.get(plan.provider)
+    tiers = () if pools is None else _allowed(pools.tiers.get(exchange.model_asked, ()), exchange.principal)
+    if plan.tools:
+        tiers = _kept(tiers, lambda offer: offer.model.supports_tools)
+    if plan.operation not in OPENAI_PATHS:
+        tiers = _kept(tiers, lambda offer: plan.operation in offer.upstream.runtime.paths)
+    if not tiers or tiers == plan.tiers:
+        return False
+    plan.tiers = tiers
+    return True
+
+
+def _allowed(tiers: Tiers, principal: Principal | None) -> Tiers:
+    """Those of which this caller may use something."""
+    if principal is not None and principal.models is not None:
+        return _kept(tiers, lambda offer: principal.may_use(offer.model.name))
+    return tiers if not tiers or tiers[0] else tiers[1:]
+
+
 def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -> None:
     """Leave the offers that support tools. Where the model itself has none, refuse, or take the tools out and say so:
     then for every offer, for the client is told before it is known who answers.
@@ -218,6 +244,7 @@ def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -
     able = _kept(plan.tiers, lambda offer: offer.model.supports_tools)
     if any(offer.model.supports_tools for offer in plan.offers):
         plan.tiers = able
+        plan.tools = True
     elif reject:
         raise BadRequest(
             f"{name!r} does not support tools (`supportsTools` is false): send the request without `tools`",

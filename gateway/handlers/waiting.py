@@ -50,6 +50,9 @@ class Comments:
 
     def _sweep(self) -> None:
         self._timer = None
+        if not self.every_s:  # a reload switched them off
+            self._waiting.clear()
+            return
         now = monotonic()
         due = []
         for exchange in self._waiting:

@@ -153,4 +153,6 @@ def _names(body: bytes, list_key: str, name_key: str) -> tuple[str, ...]:
     if not isinstance(entries, list):
         raise ValueError("the model list is no list")
     names = (entry.get(name_key) for entry in entries if isinstance(entry, dict))
-    return tuple(dict.fromkeys(name for name in names if isinstance(name, str) and name))[:MODELS_MAX]
+    # Names go into headers, logs and labels: one with a line break in it would be the runtime's own words there.
+    fit = (name for name in names if isinstance(name, str) and name and name.isprintable())
+    return tuple(dict.fromkeys(fit))[:MODELS_MAX]

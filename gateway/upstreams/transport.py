@@ -254,7 +254,7 @@ class Transport:
                 connection.idle_at = 0.0
                 if connection.transport is not None:
                     connection.transport.abort()
-            if retired and not pool.active:
+            if retired and not pool.active and not pool.upstream.dialling:  # else one more comes into use
                 gone.append(pool.upstream)
         for upstream in gone:
             del self._pools[upstream]

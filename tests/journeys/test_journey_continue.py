@@ -374,6 +374,35 @@ async def test_nobody_left_to_go_on() -> None:
         assert 'gateway_streams_continued_total{outcome="failed"} 1.0' in text
 
 
+async def test_who_refuses_to_go_on_is_not_blamed_for_what_broke() -> None:
+    async with fleet("vllm", "vllm", policy="round_robin") as (gate, sims):
+        sims[1].faults = {"status": 400}
+        for one in gate.app.catalog.upstreams[1:]:
+            one.load.chosen_at = float("inf")  # not its turn
+        sims[0].faults = {"cut_at_token": 3, "token_s": 0.05}
+        answer = await gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS))
+        assert "p1 answered 400 to being asked for the rest" in assert_error(answer)["message"]
+        broke, refused = gate.app.catalog.upstreams
+        assert (broke.failed, refused.failed) == (1, 0)
+        record = gate.record
+        assert [(made.upstream, made.outcome) for made in record.attempts_made] == [("p0", "broken"), ("p1", "ok")]
+        assert record.ttft_s is not None
+        assert record.ttft_s < 0.1, "of what the client saw, not of the refusal"
+        gate.assert_idle()
+
+
+async def test_answers_go_on_where_all_engines_were_replaced() -> None:
+    async with fleet("vllm", "vllm") as (gate, old), SimServer(runtime="vllm") as new:
+        for sim in old:
+            sim.faults = {"token_s": 0.1, "cut_at_token": 4}
+        asking = asyncio.create_task(gate.ask("POST", CHAT, asked(CHAT, max_tokens=TOKENS)))
+        await until(lambda: sum(sim.engine.running for sim in old) == 1, what="an answer under way")
+        gate.app.catalog.configure([provider("new", new.url, runtime="vllm")])
+        assert_seamless(await asking)
+        assert (gate.record.upstream, gate.record.continued) == ("new", 1)
+        gate.assert_idle()
+
+
 def text_of_events(events: list[Any]) -> str:
     return "".join(one["choices"][0]["delta"].get("content") or "" for one in events)
 

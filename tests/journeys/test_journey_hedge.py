@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,6 +74,35 @@ async def test_a_second_that_fails_is_no_answer(fault: dict[str, Any]) -> None:
         answer = await ask(here, stream=True)
         assert answer.header("x-gateway-upstream") == upstream_of(here, first).name
         assert here.record.attempts == 2
+        here.assert_idle()
+
+
+async def test_a_second_that_failed_holds_no_place_while_the_first_goes_on() -> None:
+    async with (
+        engines(2) as (first, second),
+        gateway(pool([first, second]), hedge_after_s=AFTER_S, policy="round_robin") as here,
+    ):
+        first.faults = {"first_token_s": 3.0}
+        second.faults = {"status": 500}
+        asked = asyncio.create_task(ask(here, stream=True))
+        failed = upstream_of(here, second)
+        await until(lambda: failed.failed == 1, what="the second's answer")
+        await until(lambda: failed.in_flight == 0, within_s=1.0, what="its place given back")
+        assert upstream_of(here, first).in_flight == 1
+        assert (await asked).status == 200
+        here.assert_idle()
+
+
+async def test_a_second_that_has_no_such_route_leaves_the_first_alone() -> None:
+    async with (
+        engines(2) as (first, second),
+        gateway(pool([first, second]), hedge_after_s=AFTER_S, policy="round_robin") as here,
+    ):
+        first.faults = {"first_token_s": 0.6}
+        bare = upstream_of(here, second)
+        bare.runtime = replace(bare.runtime, paths={})
+        answer = await ask(here, stream=True)
+        assert (answer.status, answer.header("x-gateway-upstream")) == (200, upstream_of(here, first).name)
         here.assert_idle()
 
 

@@ -328,6 +328,39 @@ async def test_those_who_wait_for_an_upstream_that_is_taken_out_are_told(sim: Si
         assert_idle(here)
 
 
+@pytest.mark.parametrize("tools", [False, True])
+async def test_those_who_wait_go_to_the_hosts_that_replaced_theirs(sim: SimServer, tools: bool) -> None:
+    async with SimServer() as new, crowded(sim) as here:
+        holder = await occupied(here, sim)
+        more: dict[str, Any] = {"tools": [{"type": "function", "function": {"name": "f"}}]} if tools else {}
+        asked = asyncio.create_task(here.ask("POST", CHAT, chat(max_tokens=4, **more)))
+        await until(lambda: depth(here) == 1, what="one waiting")
+        here.app.catalog.configure(
+            [provider("bare", new.url, models=(Model("sim", "sim", supports_tools=False),)), provider("two", new.url)]
+            if tools
+            else [provider("two", new.url)]
+        )
+        answer = await asked
+        assert (answer.status, answer.header("x-gateway-upstream")) == (200, "two")
+        assert len(posted(sim)) == 1
+        holder.abort()
+        await until(lambda: here.app.metrics.in_flight.value == 0, what="the holder gone")
+        assert_idle(here)
+
+
+async def test_those_who_wait_keep_their_hosts_where_nothing_replaced_them(sim: SimServer) -> None:
+    async with crowded(sim) as here:
+        holder = await occupied(here, sim)
+        asked = asyncio.create_task(here.ask("POST", CHAT, chat(max_tokens=4)))
+        await until(lambda: depth(here) == 1, what="one waiting")
+        here.app.catalog.configure([])
+        await asyncio.sleep(0.6)
+        assert not asked.done()
+        holder.abort()
+        assert (await asked).status == 200
+        assert_idle(here)
+
+
 async def test_those_who_wait_when_the_gateway_stops_are_told(sim: SimServer) -> None:
     async with crowded(sim) as here:
         holder = await occupied(here, sim)

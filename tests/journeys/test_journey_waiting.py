@@ -130,6 +130,14 @@ async def test_switched_off() -> None:
         assert b": waiting" not in answer.body
 
 
+async def test_switched_off_while_somebody_waits() -> None:
+    async with SimServer() as sim, gateway(provider("one", sim.url), comment_s=EVERY_S) as here:
+        asked = asyncio.create_task(waited(here, chat(stream=True, max_tokens=5, sim=SLOW)))
+        await until(lambda: sim.engine.running == 1, what="a prompt being read")
+        here.app.comments.every_s = 0.0  # as a reload does
+        assert comments(await asked) <= 1
+
+
 async def test_an_old_client_gets_a_stream_that_ends_with_the_connection() -> None:
     async with (
         SimServer() as sim,

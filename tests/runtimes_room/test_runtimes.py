@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -142,3 +143,11 @@ def test_vllm_says_how_many_tokens_its_cache_holds() -> None:
     assert parse(line % 0 + line % 1) == 160_000
     assert parse(b'vllm:cache_config_info{block_size="16",num_gpu_blocks="None"} 1.0') == 0
     assert parse(b"") == parse(b"\xff{}") == 0
+
+
+@every
+def test_names_that_would_break_a_line_are_passed_over(runtime: Runtime) -> None:
+    key = "models" if runtime.models_path == "/api/tags" else "data"
+    names = ["a\r\nset-cookie: b:latest", "c\x00", "d e", "\u2028"]
+    body = json.dumps({key: [{"id": name, "name": name} for name in names]})
+    assert runtime.parse_models(body.encode()) == ("d e",)

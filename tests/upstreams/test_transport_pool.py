@@ -13,6 +13,7 @@ import pytest
 from gateway.errors import UpstreamBroken, UpstreamUnreachable
 from gateway.sim import SimServer
 from gateway.upstreams.connection import Connection
+from gateway.upstreams.transport import SWEEP_S
 from tests.upstreams.scripted import BODY, OK, Script, Scripted, client, exchange, head, until, upstream
 
 SEED = 20
@@ -347,3 +348,16 @@ async def test_many_idle_connections_that_die_together_do_not_hold_up_the_loop()
         assert transport.counts(one) == (0, 200)
         await until(lambda: transport.counts(one) == (0, 0), 1.0)
         assert server.connections == 200
+
+
+async def test_the_pool_of_a_retired_upstream_stays_while_it_is_dialled() -> None:
+    """Else nobody would look after the connection that comes about: no deadline, no end with the gateway's."""
+    async with Scripted(["hang"], read=False) as server, client() as transport:
+        one = upstream(f"https://127.0.0.1:{server.port}/v1")  # its handshake goes unanswered
+        asking = asyncio.create_task(exchange(transport, one))
+        await until(lambda: one.dialling == 1)
+        one.retired = True
+        await asyncio.sleep(4 * SWEEP_S)
+        assert one in transport._pools
+        asking.cancel()
+        await until(lambda: one not in transport._pools)
