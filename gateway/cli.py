@@ -10,11 +10,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gateway import __version__
 
@@ -121,9 +121,28 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+class _Help(argparse.HelpFormatter):
+    """Help whose usage has a command's own arguments alone: those of the configuration are fifty, and listed below."""
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        from gateway.config.settings import BY_FIELD
+
+        own = [
+            action for action in actions if action.dest not in BY_FIELD and action.dest not in ("config", "env_file")
+        ]
+        super().add_usage(usage, own, groups, prefix)
+
+
 def _configuration_flags(parser: argparse.ArgumentParser) -> None:
     from gateway.config.settings import SETTINGS
 
+    parser.formatter_class = _Help
     group = parser.add_argument_group("configuration", "each flag overrides the variable named with it")
     group.add_argument("--config", metavar="FILE", type=Path, help="TOML file (GATEWAY_CONFIG)")
     group.add_argument("--env-file", metavar="FILE", type=Path, help="instead of .env in the working directory")

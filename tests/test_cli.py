@@ -42,6 +42,16 @@ def test_wrong_usage(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_wrong_usage_shows_what_the_command_takes_and_not_every_setting(tmp_path: Path) -> None:
+    done = run(tmp_path, "upstreams", "drain", COLUMNS="120")
+    assert done.returncode == 2
+    usage, error = done.stderr.splitlines()
+    assert usage.endswith("[--wait] [--timeout S] NAME")
+    assert "--listen" not in usage
+    assert error == "llm-gateway upstreams drain: error: the following arguments are required: NAME"
+    assert "--listen" in run(tmp_path, "upstreams", "drain", "--help").stdout
+
+
 def test_check_shows_the_effective_configuration(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("GATEWAY_DEMO=off\n")
     done = run(tmp_path, "check", "--listen", "[::1]:9", GATEWAY_LOG_LEVEL="debug")
