@@ -279,13 +279,16 @@ class Dispatch:
         exchange = self._exchange
         now = monotonic()
         mine = self._offer.upstream
+        tier = self._tier
         others = [offer for offer in self._ready(now) if offer.upstream is not mine]
         others = list(self._dispatcher.gate.room(others)) if others else []
         if not others or exchange.attempts >= self._dispatcher.attempts or not self._dispatcher.budget.take(now):
+            self._tier = tier
             return None
         kept = self._lease, exchange.route_reason, exchange.ttft_predicted_s, exchange.believed_cached
         offer = self._choose(others, now)
         lease = self._lease
+        its_tier, self._tier = self._tier, tier
         self._lease, exchange.route_reason, exchange.ttft_predicted_s, exchange.believed_cached = kept
         assert lease is not None
         strips = self._plan.strip_usage
@@ -302,7 +305,7 @@ class Dispatch:
         exchange.attempts += 1
         self._dispatcher.retries += 1
         task = asyncio.create_task(self._transport.send(offer.upstream, head, body), name="hedged attempt")
-        return Rival(offer, lease, task, now, strip_usage)
+        return Rival(offer, lease, task, now, strip_usage, its_tier)
 
     def _lost(self, rival: Rival) -> None:
         """The first answers, or `rival` has failed: what it held is given back now, not when the first has ended."""
@@ -328,6 +331,7 @@ class Dispatch:
         offer = self._offer = rival.offer
         self._lease = rival.lease
         self._sent_at = rival.sent_at
+        self._tier = rival.tier
         self._plan.strip_usage = rival.strip_usage
         if offer.upstream.limit is not None:
             self._dispatcher.gate.began(exchange, offer.upstream)

@@ -22,6 +22,7 @@ class Rival:
     task: asyncio.Task[Reply]
     sent_at: float
     strip_usage: bool
+    tier: int
 
     def attempt(self, outcome: str, now: float) -> Attempt:
         return Attempt(self.offer.upstream.name, outcome, round(now - self.sent_at, 6))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import replace
+from time import monotonic
 from typing import Any
 
 import pytest
 
+from gateway.config import Model
 from gateway.sim import SimServer
 from tests.fleet.rig import engines, kinds, pool, together, unique, upstream_of
-from tests.journeys.stage import CHAT, Client, Gateway, chat, gateway, until
+from tests.journeys.stage import CHAT, Client, Gateway, chat, gateway, provider, until
 
 AFTER_S = 0.15
 
@@ -166,3 +168,23 @@ async def test_nothing_is_left_of_races_that_clients_leave() -> None:
         assert kinds(await together(here, [unique(dice, stream=True, max_tokens=3)] * 10)) == {"done": 10}
         assert not [task for task in asyncio.all_tasks() if "attempt" in task.get_name()]
         here.assert_idle()
+
+
+async def test_a_rival_of_another_model_does_not_make_its_pool_the_answers() -> None:
+    """The first is ejected while it is waited for, so a fallback is asked beside it; the first answers, and dies."""
+    async with (
+        SimServer(models=("big",)) as first,
+        SimServer(models=("small",)) as b,
+        SimServer(models=("small",)) as c,
+    ):
+        one = provider("one", first.url, models=[Model("big", "big", fallbacks=("small",))])
+        async with gateway(one, provider("two", b.url, c.url, models=["small"]), hedge_after_s=AFTER_S) as here:
+            first.faults = {"first_token_s": 1.0, "cut_at_token": 2}
+            b.faults = c.faults = {"first_token_s": 1.5}
+            asked = asyncio.create_task(here.ask("POST", CHAT, chat("big", stream=True, max_tokens=5)))
+            await asyncio.sleep(AFTER_S / 3)
+            upstream_of(here, first).breaker.failed(monotonic(), 5)
+            await asked
+            (record,) = await here.settled(1)
+            assert [made.outcome for made in record.attempts_made][:1] == ["outrun"], "a fallback was asked"
+            assert (record.model, record.continued, record.outcome) == ("big", 0, "partial"), "one model, one voice"
