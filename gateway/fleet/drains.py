@@ -140,9 +140,12 @@ class Drains:
     def _adopt(self, words: dict[str, Word]) -> None:
         if not words:
             return
+        drained = {identity for identity, word in self._words.items() if word.draining}
         self._words |= words
         self._catalog.drain(identity for identity, word in self._words.items() if word.draining)
         for identity, word in words.items():
+            if not word.draining and identity not in drained:
+                continue  # an old word, heard at the start: nothing is different
             _log.info("upstream %s is %s by %s", identity, "drained" if word.draining else "in service again", word.by)
 
     async def _run(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+import pytest
+
 from gateway.config import Lookup, Secret
 from gateway.fleet.drains import FORGET_S, Drains
 from gateway.store.client import Store
@@ -68,6 +70,20 @@ async def test_a_store_that_forgot_is_told_again(store: Store) -> None:
         await north.drains.sync()
     await south.drains.sync()
     assert south.drained
+
+
+async def test_an_old_word_that_changes_nothing_is_not_told(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "gateway.fleet")
+    old, fresh = Gateway(store), Gateway(store)
+    await old.drains.say(ONE, True, "alice")
+    await old.drains.say(ONE, False, "alice")
+    assert [record.getMessage().partition(" is ")[2] for record in caplog.records] == [
+        "drained by alice",
+        "in service again by alice",
+    ]
+    caplog.clear()
+    await fresh.drains.sync()
+    assert caplog.records == []
 
 
 async def test_nothing_is_followed_any_more_when_the_gateway_has_stopped(valkey_server: Server) -> None:
