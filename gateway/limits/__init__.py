@@ -18,8 +18,8 @@ burst.
 A limit reached is 429; a budget spent is 402 in OpenAI's shape of `insufficient_quota` with `x-should-retry: false`,
 for waiting a little does not help. A budget admits while anything is left of it, and reserves what each request is
 estimated to use, so it is passed by one request at most, as far as the estimates hold. Those of answers whose length
-nobody bounded may not: what such an answer uses beyond its estimate is charged while it still comes, and while a bucket
-is in debt nothing is admitted.
+nobody bounded may not, nor those of prompts unlike any before: what such a request uses beyond its estimate is charged
+while its answer still comes, and while a bucket is in debt nothing is admitted.
 
 May import the store and the errors.
 """
