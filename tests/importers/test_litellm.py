@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,12 @@ def test_providers(params: dict[str, Any], runtime: str, url: str, name: str) ->
     assert [model["api_name"] for model in provider["models"]] == [name]
     if "openai.com" in url:
         assert provider["api_key"] == "env:OPENAI_API_KEY"
+
+
+def test_numbers_keep_all_their_digits() -> None:
+    """A price in a small currency has seven digits and more."""
+    written = tomllib.loads(toml({"a": 1234567.0, "b": 0.1, "c": 1e300, "d": 30.0, "e": 12345678.5}))
+    assert written == {"a": 1234567, "b": 0.1, "c": 1e300, "d": 30, "e": 12345678.5}
 
 
 def test_rates_are_weights_and_said_to_be_no_limits() -> None:
