@@ -18,6 +18,8 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from gateway.ledger import folded, frames
 from gateway.ledger.recovery import decode, entries, journals
 from gateway.ledger.shipper import CALL_S, HOURS_KEPT_S, day_key, hour_key, marks_key, sums_of
@@ -166,7 +168,10 @@ def _local(root: Path, window: Window) -> list[tuple[str, int, Record]]:
     for folder in journals(root):
         for entry in entries(folder):
             if entry.kind == frames.FINAL:
-                record = decode(entry.payload)
+                try:
+                    record = decode(entry.payload)
+                except msgspec.DecodeError:  # of another version; shipping leaves it out, too
+                    continue
                 if window.since <= record.at < window.until:
                     found.append((folder.name, entry.position, record))
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway.ledger import report
+from gateway.ledger import frames, report
 from gateway.ledger import shipper as shipping
 from gateway.ledger.journal import Journal
 from gateway.ledger.recovery import journals
@@ -134,6 +134,17 @@ async def test_a_journal_that_is_removed_while_a_report_reads_is_not_counted_twi
 
         monkeypatch.setattr(report, "_sums", later)
         assert await requests(tmp_path, store) == (5, 50)
+
+
+async def test_a_record_that_nobody_understands_spoils_no_report(tmp_path: Path, store: Store) -> None:
+    async with journal(tmp_path) as one:
+        use(one, range(2))
+        one._write(frames.pack(frames.FINAL, b'{"at":"another version"}'))
+        use(one, range(2, 4))
+        assert await requests(tmp_path, store) == (4, 40)
+        shipper = Shipper(one, store)
+        await rounds(shipper)
+        assert await requests(tmp_path, store) == (4, 40)
 
 
 def test_windows_end_where_sums_do() -> None:
