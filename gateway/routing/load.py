@@ -69,6 +69,11 @@ class Load:
         self.loading: dict[str, Loading] = {}  # by model, where a host loads it when it is asked
         self._prefills: dict[Lease, None] = {}  # in the order they were sent
 
+    @property
+    def busy(self) -> bool:
+        """There are prompts whose answers have not begun."""
+        return bool(self._prefills)
+
     def backlog(self, rate: float, now: float) -> tuple[float, int]:
         """What is to be computed before a new prompt, at `rate`: tokens, and requests they are of."""
         left: float = self.prefill_tokens
@@ -91,11 +96,15 @@ class Load:
         learned = self.rates.get(model)
         return None if learned is None else learned.value
 
-    def add(self, lease: Lease) -> int:
-        """Count a request, from the moment it is chosen; returns the index's turn up to which all is computed."""
+    def count(self, now: float) -> None:
+        """Count a request of whose prompt nothing is known."""
         self.streams += 1
         self.served += 1
-        self.chosen_at = lease.sent_at
+        self.chosen_at = now
+
+    def add(self, lease: Lease) -> int:
+        """Count a request, from the moment it is chosen; returns the index's turn up to which all is computed."""
+        self.count(lease.sent_at)
         self._retire(lease.sent_at)
         prefills = self._prefills
         settled_at = next(iter(prefills)).turn if prefills else self.index.turn + 1
@@ -186,8 +195,14 @@ class Lease:
         #: nothing was before it: its time to the first token is its own, and tells the rate
         self._alone = streamed and not loads and not load.prefill_tokens
         self._loads = loads
+        self._belief: Belief | None
+        if not uncached and prompt is None:  # nothing is known of the prompt, nor asked: there is nobody else
+            self._belief = None
+            self.turn = -1
+            load.count(now)
+            return
         settled_at = load.add(self)
-        self._belief: Belief | None = None if prompt is None else load.index.use(prompt, settled_at)
+        self._belief = None if prompt is None else load.index.use(prompt, settled_at)
         self.turn = load.index.turn
         if loads:
             loading = load.loading.get(model)
@@ -238,7 +253,8 @@ class Lease:
         load, self._load = self._load, None
         if load is not None:
             load.streams -= 1
-            load.drop_prefill(self, now)
+            if self.turn >= 0:
+                load.drop_prefill(self, now)
 
     def __enter__(self) -> Lease:
         return self

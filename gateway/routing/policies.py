@@ -220,16 +220,23 @@ _BEHIND: Final = 0.4
 class _Estimate(Generic[T]):
     __slots__ = ("cached", "candidate", "compute_s", "loads", "ttft_s", "uncached", "waiting")
 
-    def __init__(self, candidate: T, ask: Ask, rate: float) -> None:
-        load: Load = candidate.upstream.load
-        prompt = ask.prompt
+    def __init__(self, candidate: T, load: Load, ask: Ask, prompt: Prompt, rate: float) -> None:
         self.candidate = candidate
-        self.cached = load.index.match(prompt)
-        self.uncached = max(1, prompt.tokens - self.cached)
-        self.compute_s = self.uncached / rate
-        tokens, self.waiting = load.backlog(rate, ask.now)
-        self.ttft_s = tokens / rate + self.compute_s
+        cached = self.cached = load.index.match(prompt)
+        uncached = self.uncached = prompt.tokens - cached if prompt.tokens > cached else 1
+        ttft_s = self.compute_s = uncached / rate
+        if load.busy:
+            tokens, self.waiting = load.backlog(rate, ask.now)
+            ttft_s += tokens / rate
+        else:
+            self.waiting = 0
+        self.ttft_s = ttft_s
         self.loads = candidate.unloaded
+        if self.loads or load.loading:
+            self._load(load, ask)
+
+    def _load(self, load: Load, ask: Ask) -> None:
+        """Count the wait until the model is loaded, where it is not."""
         loading = load.loading.get(ask.model)
         if loading is not None and loading.until > ask.now:  # it was asked for: its next prompts wait for it too
             self.loads = False
@@ -287,10 +294,17 @@ def _reason(best: _Estimate[T], estimates: Sequence[_Estimate[T]], ask: Ask) -> 
 
 
 def _estimates(candidates: Sequence[T], ask: Ask) -> list[_Estimate[T]]:
-    rates = [one.upstream.load.rate(ask.model) for one in candidates]
+    model, prompt = ask.model, ask.prompt
+    loads = [one.upstream.load for one in candidates]
+    rates = [load.rate(model) if load.rates else None for load in loads]
     # Of one that has not shown its rate the best is expected: it is tried, and then it has.
     unknown = max((rate for rate in rates if rate), default=PRIOR_RATE)
-    estimates = [_Estimate(one, ask, rate or unknown) for one, rate in zip(candidates, rates, strict=True)]
+    estimates = [
+        _Estimate(one, load, ask, prompt, rate or unknown)
+        for one, load, rate in zip(candidates, loads, rates, strict=True)
+    ]
+    if not any(one.loads for one in estimates):
+        return estimates
     ready = [one for one in estimates if not one.loads]
     loading_s = min((one.ttft_s for one in estimates if one.loads), default=inf)
     # A model is loaded once more only where that is sooner than any wait.

@@ -151,8 +151,10 @@ class Index:
 
     def match(self, prompt: Prompt) -> int:
         """How many of the prompt's first tokens the engine is believed to hold."""
-        blocks = self._matched(prompt.hashes)
-        return prompt.ends[blocks - 1] if blocks else 0
+        hashes = prompt.hashes
+        if not hashes or hashes[0] not in self._entries:
+            return 0
+        return prompt.ends[self._matched(hashes) - 1]
 
     def _matched(self, hashes: Sequence[int]) -> int:
         entries = self._entries

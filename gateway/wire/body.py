@@ -201,11 +201,15 @@ class Body:
     def _extended(self, added: Mapping[str, bytes]) -> bytes:
         """The body, which has members already, with further ones behind them: no need to know where each begins."""
         raw = self.raw
-        end = raw.rindex(b"}")
+        end = len(raw) - 1 if raw.endswith(b"}") else raw.rindex(b"}")
         while raw[end - 1] in b" \t\r\n":
             end -= 1
-        text = b"".join([b"," + encode(key) + b":" + value for key, value in added.items()])
-        return b"".join((memoryview(raw)[:end], text, memoryview(raw)[end:]))
+        view = memoryview(raw)
+        parts: list[bytes | memoryview] = [view[:end]]
+        for key, value in added.items():
+            parts += (b",", encode(key), b":", value)
+        parts.append(view[end:])
+        return b"".join(parts)
 
     def _check_names(self) -> None:
         values = self._values
