@@ -25,23 +25,26 @@ Rooms
     runtimes        what differs between vLLM, llama.cpp, Ollama, LocalAI, LiteLLM, LM Studio: data
     routing         decisions about a fleet: who may be asked, who is asked, what a failure means: pure
     upstreams       one upstream address (load, health); transport: prompts and answers; control: probes, management
-    handlers        resolve, dispatch, relay, and a file for each API surface
+    queueing        whose turn it is while all upstreams are full: pure
+    dispatch        whom a request is sent to: attempts, room and queue, leases, what a reply says of its upstream
+    passage         the way of a request for a model: resolve, admission, relay, comments, continuation
+    handlers        the API surfaces, a file for each
     sim             the simulated engine: tests, demonstration, benchmarks; `sim replay` compares policies on a trace
     middleware/     (beside this package) the order is in its `stack`
 
 Imports go downwards; tests/test_imports.py holds the table and fails on a breach. `wire`, `errors`, `exchange`,
-`runtimes` and `routing` are pure: no I/O, no clock. Bytes reach runtimes through
+`runtimes`, `routing` and `queueing` are pure: no I/O, no clock. Bytes reach runtimes through
 `upstreams.transport` only, aiohttp's ClientSession lives in `upstreams.control` only, prometheus_client in `metrics`
 and `app`, redis in `store`.
 
 The way of a request
-    server -> middleware (metrics, errors, hygiene, auth, rate limit) -> app.Router -> handlers.proxy.Proxy:
+    server -> middleware (metrics, errors, hygiene, auth, rate limit) -> app.Router -> passage.proxy.Proxy:
         resolve   understand the body; the offers it may go to, and those of its fallbacks; decides without awaiting
         dispatch  while attempts are left: who may be asked (routing.eligible), who has room (gate; else the fair
                   queue), who is asked (routing.policies); lease it, send, wait for the first content. What fails
                   until then is the breaker's business and another attempt's: the client has seen nothing
         relay     the commit point: bytes to the client as they are read, through the meter; nothing is sent twice.
-                  A stream that breaks off is gone on with by another upstream (handlers.continuation)
+                  A stream that breaks off is gone on with by another upstream (passage.continuation)
         waiting   beside both: comments to a client whose stream has nothing to say yet
     then App._settle, synchronous, once, whatever happened: usage, queue, limits, metrics, record, log line; and only
     then the end of the answer.

@@ -19,6 +19,8 @@ from gateway.admin import usage as admin_usage
 from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
 from gateway.config import Config
+from gateway.dispatch.dispatcher import Dispatcher
+from gateway.dispatch.gate import Gate
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.exchange import Exchange
 from gateway.fleet.drains import Drains
@@ -26,16 +28,9 @@ from gateway.fleet.findings import Findings
 from gateway.fleet.names import Names
 from gateway.fleet.reload import Reloads
 from gateway.handlers import anthropic, local, native, openai
-from gateway.handlers.continuation import Continuations
-from gateway.handlers.dispatch import Dispatcher
-from gateway.handlers.gate import Gate
 from gateway.handlers.ollama import Ollama
 from gateway.handlers.providers import Providers
-from gateway.handlers.proxy import Proxy
-from gateway.handlers.relay import settle_usage
-from gateway.handlers.resolve import BodyLimits
 from gateway.handlers.system import Exposition, Live, Ready
-from gateway.handlers.waiting import Comments
 from gateway.identity.book import KeyBook
 from gateway.identity.failures import Failures
 from gateway.identity.keys import KeyRing
@@ -50,7 +45,12 @@ from gateway.metrics import Level, Metrics
 from gateway.oidc.issuer import Issuer
 from gateway.oidc.signers import Signers
 from gateway.oidc.tokens import Tokens
-from gateway.routing.fair import FairQueue
+from gateway.passage.continuation import Continuations
+from gateway.passage.proxy import Proxy
+from gateway.passage.relay import settle_usage
+from gateway.passage.resolve import BodyLimits
+from gateway.passage.waiting import Comments
+from gateway.queueing.fair import FairQueue
 from gateway.routing.retries import RetryBudget
 from gateway.store.client import Store
 from gateway.upstreams.control import Control

@@ -122,7 +122,7 @@ class Exchange:
         self.family: Family = "openai"
         self.principal: Any = None  # gateway.identity.principals.Principal, once known
         self.key = ""  # public name of the key
-        self.rank = 1  # class in which it waits for room, an index of gateway.routing.fair.PRIORITIES
+        self.rank = 1  # class in which it waits for room, an index of gateway.queueing.fair.PRIORITIES
         self.body: Body | None = None
         self.model_asked = ""  # as the client wrote it; never a metric label
         self.model = ""  # catalog name after aliases; bounded

@@ -26,7 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from gateway import __version__
-from gateway.routing.fair import PRIORITIES
+from gateway.queueing.fair import PRIORITIES
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange

@@ -1,5 +1,5 @@
 """The limits of requests that are for no model. Those for one take all of theirs at once, in the handler, when the
-model and the size are known (`gateway.handlers.admission`); so every request takes once, and a refused one nothing.
+model and the size are known (`gateway.passage.admission`); so every request takes once, and a refused one nothing.
 """
 
 from __future__ import annotations

@@ -27,12 +27,13 @@ ROOMS: dict[str, frozenset[str]] = {
     "continuation": frozenset({"wire", "errors"}),
     "exchange": frozenset({"wire", "errors"}),
     "routing": frozenset({"errors"}),
+    "queueing": frozenset(),
     "runtimes": frozenset({"wire", "dialects", "errors"}),
-    "metrics": frozenset({"routing", "exchange", "errors", "ledger", "upstreams"}),
+    "metrics": frozenset({"queueing", "routing", "exchange", "errors", "ledger", "upstreams"}),
     "log": frozenset({"exchange", "errors", "ledger"}),
     "store": frozenset({"errors", "metrics"}),
     "limits": frozenset({"store", "exchange", "errors"}),
-    "identity": frozenset({"store", "limits", "routing", "errors"}),
+    "identity": frozenset({"store", "limits", "queueing", "errors"}),
     "oidc": frozenset({"identity", "limits", "errors"}),
     "ledger": frozenset({"store", "wire", "errors", "exchange"}),
     "upstreams": frozenset({"routing", "runtimes", "wire", "errors", "metrics"}),
@@ -43,18 +44,35 @@ ROOMS: dict[str, frozenset[str]] = {
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
     "sim": frozenset({"routing", "wire", "errors"}),
     "answer": frozenset({"exchange", "errors"}),
+    "dispatch": frozenset(
+        {"catalog", "errors", "exchange", "metrics", "queueing", "routing", "runtimes", "upstreams", "wire"}
+    ),
+    "passage": frozenset(
+        {
+            "answer",
+            "catalog",
+            "continuation",
+            "dispatch",
+            "errors",
+            "exchange",
+            "ledger",
+            "runtimes",
+            "upstreams",
+            "wire",
+        }
+    ),
     "handlers": frozenset(
-        {"answer", "catalog", "config", "upstreams", "runtimes", "wire", "dialects", "exchange", "ledger", "metrics"}
-        | {"continuation", "errors", "routing"}
+        {"answer", "catalog", "config", "errors", "exchange", "metrics", "passage", "runtimes", "upstreams", "wire"}
     ),
     "admin": frozenset(
         {
             "answer",
             "catalog",
             "config",
+            "dispatch",
             "exchange",
             "fleet",
-            "handlers",
+            "passage",
             "identity",
             "ledger",
             "limits",
@@ -95,6 +113,7 @@ ROOMS: dict[str, frozenset[str]] = {
 PURE = (
     "errors",
     "exchange",
+    "queueing",
     "routing",
     "wire",
     "dialects",
@@ -248,15 +267,15 @@ def test_import_rules(module: str) -> None:
         ("wire.sse", "def late():\n    from gateway import catalog", "may import"),
         ("exchange", "import urllib.request", "pure"),
         ("upstreams.upstream", "from gateway.upstreams.transport import Transport", "transport is not"),
-        ("handlers.relay", "import gateway.app", "may import"),
-        ("handlers.relay", "from ..admin import pages", "may import"),
-        ("middleware.auth", "from gateway.handlers.proxy import proxy", "may import"),
-        ("handlers.relay", "import aiohttp\naiohttp.ClientSession()", "uses ClientSession"),
+        ("passage.relay", "import gateway.app", "may import"),
+        ("passage.relay", "from ..admin import pages", "may import"),
+        ("middleware.auth", "from gateway.passage.proxy import proxy", "may import"),
+        ("passage.relay", "import aiohttp\naiohttp.ClientSession()", "uses ClientSession"),
         ("catalog", "import redis.asyncio", "redis belongs to"),
         ("metrics", "from prometheus_client import Counter", ""),
         ("wire.sse", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from gateway.app import App", ""),
         ("upstreams.transport", "loop.create_connection()", ""),
-        ("app", "from gateway.handlers.proxy import proxy\nimport middleware", ""),
+        ("app", "from gateway.passage.proxy import proxy\nimport middleware", ""),
     ],
 )
 def test_the_rules_catch(module: str, source: str, breach: str) -> None:

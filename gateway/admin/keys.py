@@ -22,11 +22,11 @@ from aiohttp import web
 from gateway.admin import Guarded, Routes, path_argument
 from gateway.answer import EXCHANGE, send_json
 from gateway.errors import BadRequest, GatewayError
-from gateway.handlers.resolve import BodyLimits, read_body
 from gateway.identity import fields
 from gateway.identity.book import KeyBook
 from gateway.identity.keyfile import KeyFileError
 from gateway.identity.records import KeyRecord, document
+from gateway.passage.resolve import BodyLimits, read_body
 
 _log = logging.getLogger("gateway.keys")
 

@@ -16,8 +16,8 @@ from aiohttp import web
 
 from gateway.admin import Guarded, Routes
 from gateway.answer import send_json
+from gateway.dispatch.gate import Gate
 from gateway.errors import BadRequest
-from gateway.handlers.gate import Gate
 
 ROWS: Final = 100
 

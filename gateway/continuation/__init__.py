@@ -5,7 +5,7 @@
 - `joint`    the new stream's events as if they were the first one's, and the usage of both as one bill
 - `meter`    one count of it all
 
-Pure: bytes in, bytes out, no clock. May import `wire` and `errors`. Whom to ask is `handlers.continuation`'s.
+Pure: bytes in, bytes out, no clock. May import `wire` and `errors`. Whom to ask is `passage.continuation`'s.
 
 The text is given to the next engine without the blanks it ends with, since chat templates strip them; it then writes
 them again, and the joint takes them out. No character is given that an engine had only begun (U+FFFD at the end).

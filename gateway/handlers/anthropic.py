@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gateway.handlers.proxy import Surface
+from gateway.passage.proxy import Surface
 
 SURFACES: Final = {
     "/v1/messages": Surface("messages", "chat", needs="messages", family="anthropic"),

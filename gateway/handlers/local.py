@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gateway.handlers.proxy import Surface
+from gateway.passage.proxy import Surface
 
 SURFACES: Final = {
     "/api/local-llm/proxy": Surface("chat", "chat", needs="messages", native="ollama_chat", stream=False, local=True),

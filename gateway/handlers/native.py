@@ -13,7 +13,7 @@ from aiohttp import web
 
 from gateway import __version__
 from gateway.answer import EXCHANGE, send_json
-from gateway.handlers.proxy import Surface
+from gateway.passage.proxy import Surface
 
 if TYPE_CHECKING:
     from gateway.catalog import Catalog, Offer

@@ -28,7 +28,7 @@ from gateway.errors import (
     render_event,
 )
 from gateway.exchange import Exchange
-from gateway.handlers.resolve import BodyLimits, read_body
+from gateway.passage.resolve import BodyLimits, read_body
 from gateway.upstreams.control import Control, Stream
 from gateway.upstreams.reasons import error_text
 from gateway.upstreams.upstream import Upstream

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from gateway.answer import EXCHANGE, send_json
 from gateway.catalog import Catalog
-from gateway.handlers.proxy import Surface
+from gateway.passage.proxy import Surface
 
 SURFACES: Final = {
     "/v1/chat/completions": Surface("chat", "chat", needs="messages"),

@@ -15,7 +15,7 @@ from typing import Any, Final
 from gateway.errors import BadRequest
 from gateway.identity.principals import ROLES
 from gateway.limits.spec import Budget, Limit, SpecError, parse_budget, parse_limits
-from gateway.routing.fair import PRIORITIES
+from gateway.queueing.fair import PRIORITIES
 
 NAME_RULE: Final = "must be 1 to 64 of A-Z a-z 0-9 _ . -"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gateway.limits.spec import Budget, Limit
-from gateway.routing.fair import PRIORITIES
+from gateway.queueing.fair import PRIORITIES
 
 #: may see and change everything under `/admin/`
 ADMIN: Final = "admin"

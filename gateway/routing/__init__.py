@@ -6,8 +6,7 @@
 - `breaker`   one upstream's circuit breaker: ejected, on trial, slowly back
 - `eligible`  which of a pool may be asked now
 - `retries`   what each way of failing means (again? whose fault?), and how many requests may be sent again
-- `fair`      whose turn it is while everyone is busy; `contest` and `heap` are what it is made of
 
 May import nothing but errors; what it decides about comes as a Protocol or as plain numbers. Upstreams own the live
-objects, `handlers.dispatch` asks and acts.
+objects, `gateway.dispatch` asks and acts.
 """

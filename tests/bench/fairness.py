@@ -24,8 +24,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from time import monotonic
 
-from gateway.handlers.gate import CREDIT_S, RESERVE_PART, TICK_S
-from gateway.routing.fair import FairQueue, Turn
+from gateway.dispatch.gate import CREDIT_S, RESERVE_PART, TICK_S
+from gateway.queueing.fair import FairQueue, Turn
 from gateway.sim import SimServer
 from gateway.sim.engine import Engine, Request
 from tests.journeys.stage import CHAT, Client, Gateway, gateway, provider

@@ -302,9 +302,9 @@ async def test_no_secret_appears_when_a_handler_fails(
         def explode(*args: Any, **more: Any) -> Any:
             raise RuntimeError(f"{PROMPT} {CREDENTIAL}")
 
-        for place in ("proxy.resolve", "dispatch.patched", "relay._head"):
+        for place in ("passage.proxy.resolve", "dispatch.dispatcher.patched", "passage.relay._head"):
             with monkeypatch.context() as patched:
-                patched.setattr(f"gateway.handlers.{place}", explode)
+                patched.setattr(f"gateway.{place}", explode)
                 for stream in (False, True):
                     answer = await here.ask("POST", CHAT, prompt(stream=stream))
                     watch.answers.append(repr(answer))

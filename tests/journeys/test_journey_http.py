@@ -167,7 +167,7 @@ async def test_a_body_that_does_not_come_is_408(upstream: Scripted) -> None:
 
 
 async def test_a_body_that_ceases_to_be_http_is_400(upstream: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.handlers.resolve.RATE_GRACE_S", 0.2)
+    monkeypatch.setattr("gateway.passage.resolve.RATE_GRACE_S", 0.2)
     async with gateway(provider("one", upstream.url)) as here, here.connect() as client:
         client.send("POST", CHAT, None, [("Transfer-Encoding", "chunked")])
         client.writer.write(b'5\r\n{"mod\r\n')
@@ -178,7 +178,7 @@ async def test_a_body_that_ceases_to_be_http_is_400(upstream: Scripted, monkeypa
 
 
 async def test_a_body_that_comes_too_slowly_is_408(upstream: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.handlers.resolve.RATE_GRACE_S", 0.2)
+    monkeypatch.setattr("gateway.passage.resolve.RATE_GRACE_S", 0.2)
     async with gateway(provider("one", upstream.url), min_body_rate=1000) as here, here.connect() as client:
         client.send("POST", CHAT, None, [("Content-Length", "100")])
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from gateway.catalog import Offer
 from gateway.config import Model
-from gateway.handlers.asking import ask_for
-from gateway.handlers.resolve import Plan
+from gateway.dispatch.asking import ask_for
+from gateway.dispatch.plan import Plan
 from gateway.routing.policies import DEFAULT, POLICIES
 from gateway.routing.prefix import Bound, Index
 from gateway.runtimes import RUNTIMES

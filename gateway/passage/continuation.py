@@ -19,16 +19,16 @@ from gateway.continuation.joint import Joint, ending
 from gateway.continuation.meter import JoinedMeter
 from gateway.continuation.request import Finished, continuable, for_the_rest, stop_strings
 from gateway.continuation.spoken import FIRST_BYTES, UNREAD_BYTES, Spoken, before_error, to_tell
+from gateway.dispatch.plan import Plan
 from gateway.errors import GatewayError, UpstreamError, UpstreamGivenUp, UpstreamInterrupted
 from gateway.exchange import Exchange
-from gateway.handlers.resolve import Plan
-from gateway.handlers.waiting import Comments
+from gateway.passage.waiting import Comments
 from gateway.upstreams.reply import Reply
 from gateway.wire.opening import reported
 from gateway.wire.usage import Meter, SseMeter
 
 if TYPE_CHECKING:
-    from gateway.handlers.dispatch import Dispatch
+    from gateway.dispatch.dispatcher import Dispatch
 
 _log = logging.getLogger("gateway.continuation")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
@@ -11,17 +10,18 @@ from typing import TYPE_CHECKING, Final, cast
 from aiohttp import web
 from aiohttp.http import HttpVersion11
 
-from gateway.catalog import Offer, Table, Tiers, nearest
+from gateway.catalog import Table, Tiers, nearest
+from gateway.dispatch.asking import SESSION_HEADER
+from gateway.dispatch.plan import Plan, allowed, kept
 from gateway.errors import BadRequest, BodyTooLarge, Forbidden, ModelNotFound, NoCapacity, NotFound, RequestTimeout
 from gateway.exchange import Exchange
-from gateway.handlers.asking import SESSION_HEADER
 from gateway.runtimes.runtime import OPENAI_PATHS, Runtime
 from gateway.wire.body import Body
 from gateway.wire.headers import request_headers
 
 if TYPE_CHECKING:
-    from gateway.handlers.proxy import Surface
     from gateway.identity.principals import Principal
+    from gateway.passage.proxy import Surface
     from gateway.server import ClientProtocol
 
 TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
@@ -41,48 +41,6 @@ class BodyLimits:
     max_bytes: int
     timeout_s: float
     min_rate: int
-
-
-class Plan:
-    """What to send, and to whom it may go: `tiers` are the model's pool and then those it falls back on, each one
-    with what this caller may use and this request can use. There is one at least, and none is empty.
-    """
-
-    __slots__ = (
-        "billable",
-        "body",
-        "cache_salt",
-        "headers",
-        "native",
-        "operation",
-        "provider",
-        "remove",
-        "replace",
-        "session",
-        "strip_usage",
-        "tiers",
-        "tools",
-    )
-
-    def __init__(self, body: Body, tiers: Tiers, operation: str, native: str) -> None:
-        self.body = body
-        self.tiers = tiers
-        self.operation = operation
-        self.native = native
-        self.billable = True
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.replace: dict[str, bytes] = {}
-        self.remove: tuple[str, ...] = ()
-        self.cache_salt = ""  # of the tenant, for runtimes that know such a thing
-        self.session = ""  # as a header named it
-        self.provider: str | None = None  # that the client asked for
-        self.tools = False  # only models that support them
-        self.strip_usage = False  # set by dispatch: we asked for a usage chunk that the client did not
-
-    @property
-    def offers(self) -> tuple[Offer, ...]:
-        """The first tier."""
-        return self.tiers[0]
 
 
 def read_now(request: web.BaseRequest, limits: BodyLimits) -> bytes | None:
@@ -174,7 +132,7 @@ def resolve(
     may_use = None if principal is None or principal.models is None else principal.may_use
     if may_use is not None and not any(may_use(model.name) for model in pools.models[name]):
         raise Forbidden(f"this key may not use {name!r}", param="model", code="model_not_allowed")
-    tiers = _allowed(tiers, principal)
+    tiers = allowed(tiers, principal)
     if not tiers:
         raise NoCapacity(f"no host that serves {name!r} is known now", param="model", retry_after_s=HOSTLESS_S)
     if surface.operation not in OPENAI_PATHS:  # not every runtime has it
@@ -206,7 +164,7 @@ def resolve(
 
 def _having(tiers: Tiers, operation: str, path: str, name: str) -> Tiers:
     """Leave the offers whose runtime has the operation; NotFound, with what they do have, where none has."""
-    left = _kept(tiers, lambda offer: operation in offer.upstream.runtime.paths)
+    left = kept(tiers, lambda offer: operation in offer.upstream.runtime.paths)
     if not left:
         runtimes: dict[str, Runtime] = {offer.upstream.runtime.title: offer.upstream.runtime for offer in tiers[0]}
         has = "; ".join(f"{title} has {', '.join(one.paths.values())}" for title, one in runtimes.items())
@@ -214,34 +172,11 @@ def _having(tiers: Tiers, operation: str, path: str, name: str) -> Tiers:
     return left
 
 
-def renew(exchange: Exchange, plan: Plan, table: Table) -> bool:
-    """Choose the offers anew, for a request that has outlived those it was given: hosts come and go while it waits.
-    False if there are no others, and the plan is what it was.
-    """
-    pools = table.pools if plan.provider is None else table.by_provider.get(plan.provider)
-    tiers = () if pools is None else _allowed(pools.tiers.get(exchange.model_asked, ()), exchange.principal)
-    if plan.tools:
-        tiers = _kept(tiers, lambda offer: offer.model.supports_tools)
-    if plan.operation not in OPENAI_PATHS:
-        tiers = _kept(tiers, lambda offer: plan.operation in offer.upstream.runtime.paths)
-    if not tiers or tiers == plan.tiers:
-        return False
-    plan.tiers = tiers
-    return True
-
-
-def _allowed(tiers: Tiers, principal: Principal | None) -> Tiers:
-    """Those of which this caller may use something."""
-    if principal is not None and principal.models is not None:
-        return _kept(tiers, lambda offer: principal.may_use(offer.model.name))
-    return tiers if not tiers or tiers[0] else tiers[1:]
-
-
 def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -> None:
     """Leave the offers that support tools. Where the model itself has none, refuse, or take the tools out and say so:
     then for every offer, for the client is told before it is known who answers.
     """
-    able = _kept(plan.tiers, lambda offer: offer.model.supports_tools)
+    able = kept(plan.tiers, lambda offer: offer.model.supports_tools)
     if any(offer.model.supports_tools for offer in plan.offers):
         plan.tiers = able
         plan.tools = True
@@ -254,12 +189,6 @@ def _choose_for_tools(exchange: Exchange, plan: Plan, name: str, reject: bool) -
     else:
         exchange.headers += TOOLS_REMOVED
         plan.remove = (*plan.remove, *(field for field in TOOL_FIELDS if plan.body.has(field)))
-
-
-def _kept(tiers: Tiers, keep: Callable[[Offer], bool]) -> Tiers:
-    """What is left of each tier, without those of which nothing is."""
-    left = (tuple(offer for offer in tier if keep(offer)) for tier in tiers)
-    return tuple(tier for tier in left if tier)
 
 
 def _provider(body: Body, surface: Surface, table: Table) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
+from gateway.dispatch.plan import Plan
 from gateway.exchange import Exchange
-from gateway.handlers.resolve import Plan
 from gateway.ledger import prices
 from gateway.wire.usage import Usage
 

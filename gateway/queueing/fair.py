@@ -25,8 +25,8 @@ from itertools import count
 from math import ceil, inf
 from typing import Final
 
-from gateway.routing.contest import PRIORITIES, Account, Backlog, Contest, Grade, Lane, Turn, order_of
-from gateway.routing.heap import Heap
+from gateway.queueing.contest import PRIORITIES, Account, Backlog, Contest, Grade, Lane, Turn, order_of
+from gateway.queueing.heap import Heap
 
 __all__ = ["PRIORITIES", "FairQueue", "Turn"]
 

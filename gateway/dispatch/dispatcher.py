@@ -16,16 +16,16 @@ from types import TracebackType
 from typing import Any
 
 from gateway.catalog import Offer, Table
+from gateway.dispatch.asking import CACHED, CacheSalt, ask_for, cache_salt
+from gateway.dispatch.gate import Gate
+from gateway.dispatch.hedge import Rival, answered, drop, failure
+from gateway.dispatch.plan import Plan, renew
+from gateway.dispatch.verdict import exhausted, fault_of, nobody
+from gateway.dispatch.wording import patched, request_head
 from gateway.errors import GatewayError, NoCapacity, UpstreamError
 from gateway.exchange import Attempt, Exchange
-from gateway.handlers.asking import CACHED, CacheSalt, ask_for, cache_salt
-from gateway.handlers.gate import Gate
-from gateway.handlers.hedge import Rival, answered, drop, failure
-from gateway.handlers.resolve import Plan, renew
-from gateway.handlers.verdict import exhausted, fault_of, nobody
-from gateway.handlers.wording import patched, request_head
+from gateway.queueing.fair import FairQueue
 from gateway.routing.eligible import eligible, well
-from gateway.routing.fair import FairQueue
 from gateway.routing.policies import DEFAULT, POLICIES, Ask, Choice
 from gateway.routing.retries import RULES, UNKNOWN, RetryBudget, backoff_s
 from gateway.upstreams.reply import Reply

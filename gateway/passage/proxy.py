@@ -10,13 +10,13 @@ from aiohttp import web
 
 from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
+from gateway.dispatch.dispatcher import Dispatcher
 from gateway.errors import Family
-from gateway.handlers.admission import admit
-from gateway.handlers.continuation import Continuations
-from gateway.handlers.dispatch import Dispatcher
-from gateway.handlers.relay import relay, relay_whole
-from gateway.handlers.resolve import BodyLimits, read_body, read_now, resolve
-from gateway.handlers.waiting import Comments, unfit
+from gateway.passage.admission import admit
+from gateway.passage.continuation import Continuations
+from gateway.passage.relay import relay, relay_whole
+from gateway.passage.resolve import BodyLimits, read_body, read_now, resolve
+from gateway.passage.waiting import Comments, unfit
 
 if TYPE_CHECKING:
     from gateway.limits.limiter import Limiter

@@ -6,9 +6,9 @@ import asyncio
 from dataclasses import dataclass
 
 from gateway.catalog import Offer
+from gateway.dispatch.verdict import fault_of
 from gateway.errors import UpstreamError
 from gateway.exchange import Attempt
-from gateway.handlers.verdict import fault_of
 from gateway.upstreams.reply import Reply
 from gateway.upstreams.upstream import Lease
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.routing.contest import DEBTORS_MAX
-from gateway.routing.fair import FairQueue, Turn
-from gateway.routing.heap import Heap
+from gateway.queueing.contest import DEBTORS_MAX
+from gateway.queueing.fair import FairQueue, Turn
+from gateway.queueing.heap import Heap
 
 HIGH, NORMAL, LOW = range(3)
 

@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Any, Final
 
-from gateway.routing.heap import Heap, Key
+from gateway.queueing.heap import Heap, Key
 
 #: the classes, first served first; a rank is an index of it
 PRIORITIES: Final = ("high", "normal", "low")

@@ -8,8 +8,8 @@ import orjson
 
 from gateway import __version__
 from gateway.catalog import Offer
+from gateway.dispatch.plan import Plan
 from gateway.errors import BadRequest
-from gateway.handlers.resolve import Plan
 from gateway.wire.body import Body, usage_options
 
 #: streams that tell their usage when asked to; the others tell it anyway

@@ -1,7 +1,7 @@
 """gate: how many requests an upstream has at once, and the queue of those that find no room.
 
 An upstream takes as many as its `limit` says. While one of those a request may go to has room and nobody waits for it,
-the gate is a comparison. Else the request waits for its turn in the fair queue (`gateway.routing.fair`), among all who
+the gate is a comparison. Else the request waits for its turn in the fair queue (`gateway.queueing.fair`), among all who
 would take one of the same upstreams, whatever model they ask for.
 
 A lease that ends hands its room to whose turn it is, right there: the room is held for that one (`Upstream.held`)
@@ -21,8 +21,8 @@ from gateway.catalog import Offer
 from gateway.errors import NoCapacity
 from gateway.exchange import Exchange
 from gateway.metrics import QueueSeries
+from gateway.queueing.fair import PRIORITIES, FairQueue, Turn
 from gateway.routing.eligible import eligible
-from gateway.routing.fair import PRIORITIES, FairQueue, Turn
 from gateway.upstreams.upstream import Upstream
 
 if TYPE_CHECKING:

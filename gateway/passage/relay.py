@@ -22,8 +22,8 @@ from gateway.answer import SENT_CLOSE, SENT_KEEP, connection_line, date_line, st
 from gateway.continuation.meter import Stopped
 from gateway.errors import UpstreamBroken, UpstreamError, UpstreamInterrupted, render_event
 from gateway.exchange import Exchange
-from gateway.handlers.continuation import Continuation
 from gateway.ledger import prices
+from gateway.passage.continuation import Continuation
 from gateway.upstreams.reply import Reply
 from gateway.wire.tokens import answer_usage
 from gateway.wire.usage import Meter, SseMeter, new_meter

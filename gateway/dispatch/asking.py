@@ -11,7 +11,7 @@ from gateway.routing.prefix import BYTES_PER_TOKEN, Prompt, fingerprint, seed_of
 
 if TYPE_CHECKING:
     from gateway.catalog import Offer
-    from gateway.handlers.resolve import Plan
+    from gateway.dispatch.plan import Plan
     from gateway.identity.principals import Principal
     from gateway.wire.body import Body
 

@@ -17,9 +17,9 @@ import orjson
 from aiohttp import web
 
 from gateway.answer import send_comment
+from gateway.dispatch.plan import Plan
 from gateway.errors import GatewayError, UpstreamBroken
 from gateway.exchange import Exchange
-from gateway.handlers.resolve import Plan
 from gateway.upstreams.reply import Reply
 
 
