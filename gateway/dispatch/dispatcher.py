@@ -280,7 +280,7 @@ class Dispatch:
         now = monotonic()
         mine = self._offer.upstream
         tier = self._tier
-        others = [offer for offer in self._ready(now) if offer.upstream is not mine]
+        others = [offer for offer in self._among_tiers(now) if offer.upstream is not mine]
         others = list(self._dispatcher.gate.room(others)) if others else []
         if not others or exchange.attempts >= self._dispatcher.attempts or not self._dispatcher.budget.take(now):
             self._tier = tier
