@@ -7,6 +7,7 @@ Rooms
     doctor          what is wrong with this machine and with the store
     server          listeners, one client connection (aiohttp's protocol, adapted), signals, drain
     app             composition root: makes every room and joins them; the only module that knows them all
+    router          from a request's path and method to its handler
     exchange        Exchange: the one record a request carries from its first byte to its last
     errors          one error tree, and its bodies in each API family
     answer          what the gateway says itself: JSON, errors, status lines, as bytes
@@ -38,7 +39,7 @@ Imports go downwards; tests/test_imports.py holds the table and fails on a breac
 and `app`, redis in `store`.
 
 The way of a request
-    server -> middleware (metrics, errors, hygiene, auth, rate limit) -> app.Router -> passage.proxy.Proxy:
+    server -> middleware (metrics, errors, hygiene, auth, rate limit) -> Router -> passage.proxy.Proxy:
         resolve   understand the body; the offers it may go to, and those of its fallbacks; decides without awaiting
         dispatch  while attempts are left: who may be asked (routing.eligible), who has room (gate; else the fair
                   queue), who is asked (routing.policies); lease it, send, wait for the first content. What fails

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable
 from dataclasses import fields, replace
 from time import monotonic
 from typing import Final
@@ -16,12 +16,10 @@ from gateway.admin import keys as admin_keys
 from gateway.admin import queue as admin_queue
 from gateway.admin import upstreams as admin_upstreams
 from gateway.admin import usage as admin_usage
-from gateway.answer import EXCHANGE
 from gateway.catalog import Catalog
 from gateway.config import Config
 from gateway.dispatch.dispatcher import Dispatcher
 from gateway.dispatch.gate import Gate
-from gateway.errors import MethodNotAllowed, NotFound
 from gateway.exchange import Exchange
 from gateway.fleet.drains import Drains
 from gateway.fleet.findings import Findings
@@ -51,6 +49,7 @@ from gateway.passage.relay import settle_usage
 from gateway.passage.resolve import BodyLimits
 from gateway.passage.waiting import Comments
 from gateway.queueing.fair import FairQueue
+from gateway.router import Router, Routes
 from gateway.routing.retries import RetryBudget
 from gateway.store.client import Store
 from gateway.upstreams.control import Control
@@ -84,8 +83,6 @@ FIXED: Final = (
     "prefix_index_bytes",
     *(field.name for field in fields(Config) if field.name.startswith("oidc_")),
 )
-
-Routes = Mapping[str, Mapping[str, Handler]]
 
 
 class App:
@@ -406,44 +403,6 @@ class App:
             self.journal.post(one, text)
         if self.log is not None:
             self.log.post(text)
-
-
-class Router:
-    """The innermost handler: exact paths, then methods; everything else does not exist.
-
-    A path with one parameter, "/admin/api/keys/{id}", is looked for only where no exact one is; the parameter is one
-    segment and not empty. The Exchange's route is then the path as it stands in the table.
-    """
-
-    def __init__(self, routes: Routes) -> None:
-        self._routes = routes
-        self._templates = [(*_around_parameter(path), path) for path in routes if "{" in path]
-
-    def __call__(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
-        methods = self._routes.get(request[EXCHANGE].path)
-        if methods is None:
-            methods = self._match(request[EXCHANGE])
-        handler = methods.get(request.method)
-        if handler is None:
-            allowed = ", ".join(sorted(methods))
-            raise MethodNotAllowed(f"use {allowed} here", headers=(("Allow", allowed),))
-        return handler(request)
-
-    def _match(self, exchange: Exchange) -> Mapping[str, Handler]:
-        path = exchange.path
-        for before, after, route in self._templates:
-            end = len(path) - len(after)
-            if path.startswith(before) and path.endswith(after) and end > len(before):
-                if "/" in path[len(before) : end]:
-                    continue
-                exchange.route = route
-                return self._routes[route]
-        raise NotFound("there is nothing at this path", code="unknown_path")
-
-
-def _around_parameter(path: str) -> tuple[str, str]:
-    before, _, rest = path.partition("{")
-    return before, rest.partition("}")[2]
 
 
 def _get(handler: Handler) -> dict[str, Handler]:

@@ -44,6 +44,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "detect": frozenset({"upstreams", "runtimes", "errors"}),
     "sim": frozenset({"routing", "wire", "errors"}),
     "answer": frozenset({"exchange", "errors"}),
+    "router": frozenset({"answer", "exchange", "errors", "middleware"}),
     "dispatch": frozenset(
         {"catalog", "errors", "exchange", "metrics", "queueing", "routing", "runtimes", "upstreams", "wire"}
     ),
