@@ -133,7 +133,12 @@ class Dispatch:
 
     def __aenter__(self) -> Coroutine[Any, Any, Reply]:
         self._began_at = monotonic()
-        ready = self._ready(self._began_at)
+        tiers = self._plan.tiers
+        ready: Sequence[Offer]
+        if len(tiers) == 1 and len(tiers[0]) == 1 and not tiers[0][0].upstream.draining:
+            ready = tiers[0]  # nobody else
+        else:
+            ready = self._ready(self._began_at)
         if not ready:
             raise nobody(self._plan.tiers)
         return self._send(ready, self._plan.body)

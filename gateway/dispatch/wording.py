@@ -26,6 +26,9 @@ def patched(plan: Plan, offer: Offer, body: Body) -> bytes:
     if not (replace or remove or body.stream or salted) and body.model == model.name:
         plan.strip_usage = False
         return body.raw
+    if salted and not (replace or remove or body.stream) and body.model == model.name and not body.has("cache_salt"):
+        plan.strip_usage = False  # most that is not streamed
+        return body.extended(b'"cache_salt":"%b"' % plan.cache_salt.encode())
     if body.model != model.name:
         replace = {**replace, "model": orjson.dumps(model.name)}
     if salted:  # the client's own is replaced

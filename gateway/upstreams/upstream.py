@@ -216,7 +216,9 @@ class Upstream:
         streamed: bool = True,
     ) -> Lease:
         """Count one request on this upstream from now until the lease is left; see `routing.load.Lease`."""
-        return Lease(self, uncached, now, model, prompt, loads=loads, streamed=streamed)
+        lease = Lease(self.load, uncached, now, model, prompt, loads=loads, streamed=streamed)
+        lease.upstream = self
+        return lease
 
     def __repr__(self) -> str:
         state = f"{self.health.status} in_flight={self.in_flight}"
@@ -228,19 +230,7 @@ class Lease(Counted):
 
     __slots__ = ("upstream",)
 
-    def __init__(
-        self,
-        upstream: Upstream,
-        uncached: int,
-        now: float,
-        model: str,
-        prompt: Prompt | None,
-        *,
-        loads: bool,
-        streamed: bool,
-    ) -> None:
-        super().__init__(upstream.load, uncached, now, model, prompt, loads=loads, streamed=streamed)
-        self.upstream: Upstream | None = upstream
+    upstream: Upstream | None
 
     def release(self, now: float | None = None) -> None:
         super().release(now)

@@ -164,7 +164,7 @@ class Body:
         """
         replace = {} if replace is None else replace
         if not remove and replace and self._values and self._values.keys().isdisjoint(replace):
-            return self._extended(replace)
+            return self.extended(b",".join([encode(key) + b":" + value for key, value in replace.items()]))
         members = self._located()
         raw = self.raw
         edits: list[tuple[int, int, bytes]] = []
@@ -198,18 +198,16 @@ class Body:
         pieces.append(view[at:])
         return b"".join(pieces)
 
-    def _extended(self, added: Mapping[str, bytes]) -> bytes:
-        """The body, which has members already, with further ones behind them: no need to know where each begins."""
+    def extended(self, members: bytes) -> bytes:
+        """The body, which has members already, with further ones behind them, which it has not: no need to know where
+        each begins.
+        """
         raw = self.raw
         end = len(raw) - 1 if raw.endswith(b"}") else raw.rindex(b"}")
         while raw[end - 1] in b" \t\r\n":
             end -= 1
         view = memoryview(raw)
-        parts: list[bytes | memoryview] = [view[:end]]
-        for key, value in added.items():
-            parts += (b",", encode(key), b":", value)
-        parts.append(view[end:])
-        return b"".join(parts)
+        return b"".join((view[:end], b",", members, view[end:]))
 
     def _check_names(self) -> None:
         values = self._values
