@@ -144,7 +144,7 @@ async def test_nothing_leaks_in_500_cancels_at_random_times(sim: SimServer) -> N
 
 async def test_no_request_waits_for_the_garbage_collector(sim: SimServer) -> None:
     """A body is as large as a client likes: once answered, refused or left it must be free at once, not at the next
-    full collection.
+    full collection, which is off here: how long a look at all objects takes proves nothing.
     """
     async with gateway(provider("one", sim.url)) as here:
         gc.collect()
@@ -164,11 +164,11 @@ async def test_no_request_waits_for_the_garbage_collector(sim: SimServer) -> Non
                     client.writer.write(b"{" * 9999)
                     await until(lambda: here.app.in_flight() == 1, what="a request in flight")
                 if ending != "left":
-                    await until(lambda: not of_type(BaseRequest), 1.0, f"{ending}: an idle connection keeps none")
+                    await until(lambda: not of_type(BaseRequest), 10.0, f"{ending}: an idle connection keeps none")
                 client.leave()
                 await here.settled(before + 1)
                 await until(
-                    lambda: not of_type(BaseRequest) and not of_type(ClientProtocol), 1.0, f"{ending}: all gone"
+                    lambda: not of_type(BaseRequest) and not of_type(ClientProtocol), 10.0, f"{ending}: all gone"
                 )
         finally:
             gc.enable()
