@@ -61,8 +61,10 @@ from middleware import Handler, compose, stack
 _log = logging.getLogger("gateway")
 
 LAG_EVERY_S: Final = 0.25
-#: answered without a key
-OPEN_PATHS: Final = frozenset({"/livez"})
+#: answered without a key, or with any; balancers hold none
+OPEN_PATHS: Final = frozenset({"/livez", "/health", "/health/liveliness", "/ping"})
+#: answered without a key, and more fully with one, which then must be right
+PUBLIC_PATHS: Final = frozenset({"/readyz", "/health/readiness"})
 #: every way to a model, by its path
 SURFACES: Final = {**openai.SURFACES, **anthropic.SURFACES, **native.SURFACES, **local.SURFACES}
 #: where a model is asked to work: these requests are in the ledger, refused ones too
@@ -73,9 +75,7 @@ FAMILIES: Final = {path: surface.family for path, surface in SURFACES.items()} |
 )
 
 #: where the limits of requests are not asked by the middleware: probes, and the handlers that ask for more than that
-UNLIMITED: Final = frozenset(
-    {*BILLABLE, "/livez", "/readyz", "/metrics", "/health", "/health/liveliness", "/health/readiness", "/ping"}
-)
+UNLIMITED: Final = frozenset({*BILLABLE, *OPEN_PATHS, *PUBLIC_PATHS, "/metrics"})
 
 #: settings that hold until the process ends
 FIXED: Final = (
@@ -164,7 +164,7 @@ class App:
         return compose(
             stack(
                 routes, OPEN_PATHS, ring, self._settle, in_flight, self.limiter, UNLIMITED, self.failures, self.tokens,
-                SURFACES, FAMILIES,
+                SURFACES, FAMILIES, PUBLIC_PATHS,
             ),
             Router(routes),
         )  # fmt: skip
@@ -262,7 +262,7 @@ class App:
         return {
             "/metrics": _get(Exposition(self.metrics)),
             "/livez": _get(Live()),
-            "/readyz": _get(Ready(self._unready, self._degraded)),
+            "/readyz": _get(Ready(self._unready, self._degraded, inside=True)),
         }
 
     def _tokens(self) -> Tokens | None:

@@ -47,6 +47,7 @@ def stack(
     tokens: Tokens | None = None,
     forwarded: Container[str] = (),
     families: Mapping[str, Family] | None = None,
+    public_paths: Container[str] = (),
 ) -> tuple[Middleware, ...]:
     """The order, outermost first. Metrics sees every answer, so that 401 and 429 are counted; errors are rendered
     before metrics reads the status; hygiene comes before auth, since a request that must not be is nobody's.
@@ -61,7 +62,7 @@ def stack(
         Metrics(routes, settle, in_flight),
         Errors(families or {}),
         Hygiene(routes, forwarded),
-        Auth(keys, open_paths, failures, tokens),
+        Auth(keys, open_paths, failures, tokens, public_paths),
         RateLimit(limiter, limited_elsewhere),
     )
 

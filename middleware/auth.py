@@ -22,14 +22,22 @@ if TYPE_CHECKING:
 
 
 class Auth:
-    """Default deny: only the paths in `open_paths` are answered without a key, or a token where `tokens` are taken."""
+    """Default deny: only the paths in `open_paths` are answered without a key, or a token where `tokens` are taken;
+    and those in `public_paths`, but there a key that is shown must be right.
+    """
 
     def __init__(
-        self, keys: KeyRing, open_paths: Container[str], failures: Failures, tokens: Tokens | None = None
+        self,
+        keys: KeyRing,
+        open_paths: Container[str],
+        failures: Failures,
+        tokens: Tokens | None = None,
+        public_paths: Container[str] = (),
     ) -> None:
         self._keys = keys
         self._tokens = tokens
         self._open = open_paths
+        self._public = public_paths
         self._failures = failures
 
     def __call__(self, request: web.BaseRequest, handler: Handler) -> Answer:
@@ -38,6 +46,8 @@ class Auth:
             return handler(request)
         presented = _presented(request)
         if presented is None:
+            if exchange.path in self._public:
+                return handler(request)
             self._failures.counts["missing"] += 1
             raise Unauthorized("no API key was sent: use `Authorization: Bearer <key>` or `x-api-key: <key>`")
         if self._tokens is not None and looks_like_token(presented):

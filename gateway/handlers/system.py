@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from gateway.answer import send, send_json
+from gateway.answer import EXCHANGE, send, send_json
 from gateway.metrics import CONTENT_TYPE, Metrics
 
 
@@ -21,19 +21,26 @@ class Live:
 class Ready:
     """200 if requests should be sent here, else 503 with the `reasons`. With `degraded` reasons it is still 200: every
     gateway of a fleet may have them at once, and serves.
+
+    Balancers hold no key, so anyone may ask; the reasons name hosts and directories, and are for those with a key, or,
+    `inside`, for all.
     """
 
-    def __init__(self, reasons: Callable[[], list[str]], degraded: Callable[[], list[str]] = list) -> None:
+    def __init__(
+        self, reasons: Callable[[], list[str]], degraded: Callable[[], list[str]] = list, *, inside: bool = False
+    ) -> None:
         self._reasons = reasons
         self._degraded = degraded
+        self._inside = inside
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        told = self._inside or request[EXCHANGE].principal is not None
         reasons = self._reasons()
         if reasons:
-            return send_json(request, {"status": "unavailable", "reasons": reasons}, 503)
+            return send_json(request, {"status": "unavailable", **({"reasons": reasons} if told else {})}, 503)
         degraded = self._degraded()
         if degraded:
-            return send_json(request, {"status": "degraded", "reasons": degraded})
+            return send_json(request, {"status": "degraded", **({"reasons": degraded} if told else {})})
         return send_json(request, {"status": "ok"})
 
 

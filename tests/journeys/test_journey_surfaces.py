@@ -102,7 +102,13 @@ async def test_readiness(sim: SimServer) -> None:
         answer = await here.ask("GET", "/readyz")
         assert answer.status == 503
         assert answer.json()["reasons"] == ["the gateway is shutting down"]
-        assert (await here.ask("GET", "/livez", key=None)).status == 200
+        for path in ("/livez", "/health", "/ping"):
+            assert (await here.ask("GET", path, key=None)).status == 200
+        for path in ("/readyz", "/health/readiness"):  # a balancer holds no key, and need not know why
+            stranger = await here.ask("GET", path, key=None)
+            assert (stranger.status, stranger.json()) == (503, {"status": "unavailable"})
+        inside = await here.ask("GET", "/readyz", key=None, port=here.metrics_port)
+        assert inside.json()["reasons"] == ["the gateway is shutting down"]
 
 
 # -- proxy and stream -------------------------------------------------------------------------------------------
