@@ -336,6 +336,9 @@ async def test_counting_tokens_uses_none(tmp_path: Path) -> None:
             assert here.record.prompt_tokens is None
             assert (await here.ask("GET", "/v1/usage?by=key", key=here.keys["few"])).json()["rows"] == []
             assert 'gen_ai_operation_name="count_tokens"' in await here.scrape()
+        assert here.app.journal is not None
+        journal = b"".join(path.read_bytes() for path in here.app.journal.root.rglob("*") if path.is_file())
+        assert b"count_tokens" not in journal, "nor as a request that was begun, which a restart would bill"
 
 
 async def test_counting_tokens_is_limited_by_requests() -> None:
