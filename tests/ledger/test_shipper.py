@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from gateway.ledger import frames
 from gateway.ledger import shipper as shipping
 from gateway.ledger.journal import Journal
-from gateway.ledger.recovery import decode, journals
+from gateway.ledger.recovery import Adopted, adopt, decode, journals
 from gateway.ledger.report import Window, usage
 from gateway.ledger.shipper import Shipper, newest
 from gateway.ledger.story import explain
@@ -233,3 +234,25 @@ async def test_explain(tmp_path: Path, store: Store) -> None:
         assert story is not None
         assert (story["open"], story["model"], story["upstream"]) == (True, "sim", "one")
         assert await explain(tmp_path, store, "req-nobody") is None
+
+
+async def test_one_that_is_stopped_while_it_takes_over_gives_the_locks_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = Journal(tmp_path)
+    dead.start()
+    await died(dead)
+    taken, go_on = threading.Event(), threading.Event()
+
+    def slowly(root: Path) -> Iterator[Adopted]:
+        for adopted in adopt(root):
+            taken.set()
+            go_on.wait(5.0)
+            yield adopted
+
+    monkeypatch.setattr(shipping, "adopt", slowly)
+    async with shipped(tmp_path, None):
+        await until(taken.is_set, what="a lock taken")
+        asyncio.get_running_loop().call_later(0.05, go_on.set)
+    free = {adopted.folder: adopted.release() for adopted in adopt(tmp_path)}
+    assert dead.folder in free
