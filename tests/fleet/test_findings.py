@@ -84,7 +84,7 @@ async def test_one_probes_and_all_know(store_server: Server) -> None:
     ):
         leader = await led(a, b, c)
         checked = [one.upstream.health.checked_at for one in (a, b, c)]
-        assert await rate(sim, 2.0) < 1.6 / INTERVAL_S, "three would probe three times as often"
+        assert await rate(sim) < 2.2 / INTERVAL_S, "three would probe three times as often"
         for one, before in zip((a, b, c), checked, strict=True):
             assert one.upstream.health.status == "ok"
             assert one.upstream.health.checked_at > before
@@ -93,7 +93,7 @@ async def test_one_probes_and_all_know(store_server: Server) -> None:
         others = [one for one in (a, b, c) if one is not leader]
         await until(lambda: any(one.findings.leads for one in others), within_s=LEASE_S / 2, what="a new leader")
         await asyncio.sleep(1.5)
-        assert 0.4 / INTERVAL_S < await rate(sim, 2.0) < 1.6 / INTERVAL_S
+        assert 0.3 / INTERVAL_S < await rate(sim) < 1.8 / INTERVAL_S, "two would probe twice as often"
 
 
 async def test_all_know_of_a_death_and_of_a_return(valkey_server: Server) -> None:
